@@ -1,1 +1,7 @@
+"""Registration of a spine CT to an MR: soft tissue deforms, every vertebra stays rigid."""
+
 __version__ = "0.1.0"
+
+from .registration import apply, register
+
+__all__ = ["apply", "register"]

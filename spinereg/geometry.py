@@ -6,7 +6,7 @@
 __all__ = ['transform_points', 'Grid', 'index_map', 'sample_index', 'crop_grid', 'respace_grid', 'ras_order', 'to_ras',
            'from_ras']
 
-# %% ../nbs/00_geometry.ipynb #ed835644
+# %% ../nbs/00_geometry.ipynb #a5b8cb3e
 from dataclasses import dataclass
 
 import nibabel as nib
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-# %% ../nbs/00_geometry.ipynb #4b3ff7f5
+# %% ../nbs/00_geometry.ipynb #4269ef1b
 def transform_points(
     matrix: np.ndarray | Tensor,  # (4, 4), the affine map
     points: Float[Tensor, "*batch 3"],  # in the map's domain
@@ -25,7 +25,7 @@ def transform_points(
     m = torch.as_tensor(matrix).to(points)
     return points @ m[:3, :3].T + m[:3, 3]
 
-# %% ../nbs/00_geometry.ipynb #1e171d91
+# %% ../nbs/00_geometry.ipynb #56fc77ec
 @dataclass(frozen=True, eq=False)
 class Grid:
     "Voxel shape plus the affine from voxel index to world (RAS mm)."
@@ -65,14 +65,14 @@ class Grid:
         return transform_points(self.affine, self.voxels(like))
 
     def same_as(self, other: "Grid", tolerance_mm: float = 0.01) -> bool:  # same shape, every corner within the tolerance
-        return self.shape == other.shape and np.abs(self.corners_mm() - other.corners_mm()).max() <= tolerance_mm
+        return self.shape == other.shape and bool(np.abs(self.corners_mm() - other.corners_mm()).max() <= tolerance_mm)
 
     def __repr__(self):
         size = " x ".join(str(n) for n in self.shape)
         mm = " x ".join(f"{s:.3g}" for s in self.spacing_mm)
         return f"Grid({size} voxels of {mm} mm, {self.axcodes}, centre {np.round(self.centre_mm, 1).tolist()} mm)"
 
-# %% ../nbs/00_geometry.ipynb #e2330e2b
+# %% ../nbs/00_geometry.ipynb #e48f1f0c
 def index_map(
     grid: Grid,  # where the indices start
     other: Grid,  # the grid they are to index into
@@ -82,7 +82,7 @@ def index_map(
     world = np.eye(4) if world is None else world
     return np.linalg.inv(other.affine) @ world @ grid.affine
 
-# %% ../nbs/00_geometry.ipynb #85e62142
+# %% ../nbs/00_geometry.ipynb #491351c9
 def sample_index(
     values: Float[Tensor, "b c i j k"],  # voxel values
     index: Float[Tensor, "#b *at 3"],  # fractional voxel indices to read at, one to three dimensions of them
@@ -97,7 +97,7 @@ def sample_index(
     read = F.grid_sample(values, coords, mode=mode, padding_mode=outside, align_corners=False)
     return read.reshape(*read.shape[:2], *at)
 
-# %% ../nbs/00_geometry.ipynb #ad801caa
+# %% ../nbs/00_geometry.ipynb #3eab4628
 def crop_grid(
     grid: Grid,
     start: np.ndarray,  # (3,) first voxel index kept; negative pads
@@ -108,7 +108,7 @@ def crop_grid(
     affine[:3, 3] = grid.affine[:3, :3] @ np.asarray(start) + grid.affine[:3, 3]
     return Grid(tuple(int(b - a) for a, b in zip(start, stop)), affine)
 
-# %% ../nbs/00_geometry.ipynb #1310a21b
+# %% ../nbs/00_geometry.ipynb #beb28c0e
 def respace_grid(
     grid: Grid,
     spacing_mm: float | np.ndarray,  # new voxel size, one number or one per axis
@@ -121,14 +121,14 @@ def respace_grid(
     affine[:3, 3] = grid.centre_mm - affine[:3, :3] @ ((shape - 1) / 2)
     return Grid(tuple(int(n) for n in shape), affine)
 
-# %% ../nbs/00_geometry.ipynb #fca5e365
+# %% ../nbs/00_geometry.ipynb #b3f601e2
 def ras_order(
     affine: np.ndarray,  # (4, 4) affine of the stored array
 ) -> np.ndarray:  # (3, 2) nibabel orientation: for each stored axis, its RAS axis and direction
     "How the axes of a stored array are permuted and flipped to run right, anterior, superior."
     return nib.orientations.io_orientation(affine)
 
-# %% ../nbs/00_geometry.ipynb #b60d0dbb
+# %% ../nbs/00_geometry.ipynb #65abd0df
 def to_ras(
     data: np.ndarray,  # (i, j, k) as stored
     affine: np.ndarray,  # (4, 4) as stored
@@ -138,7 +138,7 @@ def to_ras(
     grid = Grid(tuple(data.shape[i] for i in np.argsort(order[:, 0])), affine @ nib.orientations.inv_ornt_aff(order, data.shape))
     return np.ascontiguousarray(nib.orientations.apply_orientation(data, order)), grid
 
-# %% ../nbs/00_geometry.ipynb #071d1c86
+# %% ../nbs/00_geometry.ipynb #793135db
 def from_ras(
     data: np.ndarray,  # (i, j, k) RAS-ordered
     affine: np.ndarray,  # (4, 4) of the stored array wanted back

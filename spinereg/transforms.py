@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FLIP', 'SpineTransform', 'itk_affine', 'itk_image', 'itk_field', 'write_itk', 'write_transform', 'read_transform']
 
-# %% ../nbs/10_transforms.ipynb #68c1409d
+# %% ../nbs/10_transforms.ipynb #95b22bc2
 import os
 import tempfile
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .fields import invert, warp
-from .geometry import Grid, index_map, sample_index, transform_points
+from .geometry import Grid, sample_index, transform_points
 
-# %% ../nbs/10_transforms.ipynb #6f9e52fc
+# %% ../nbs/10_transforms.ipynb #ea8cdd10
 @dataclass(frozen=True, eq=False)
 class SpineTransform:
     "Map from the fixed to the moving world: x -> rigid(x + disp(x)), RAS mm; the displacement is zero outside its grid."
@@ -50,7 +50,7 @@ class SpineTransform:
         u = sample_index(disp.to(index), index[None], outside="zeros")[0].T
         return (points_mm.double() + (u @ torch.as_tensor(self.grid.axes.T).to(u)).reshape(points_mm.shape)).to(points_mm)
 
-# %% ../nbs/10_transforms.ipynb #0ef460cc
+# %% ../nbs/10_transforms.ipynb #79405db7
 FLIP = np.diag([-1.0, -1.0, 1.0, 1.0])  # RAS <-> LPS
 
 
@@ -64,7 +64,7 @@ def itk_affine(
     transform.SetTranslation(lps[:3, 3].tolist())
     return transform
 
-# %% ../nbs/10_transforms.ipynb #6c325d46
+# %% ../nbs/10_transforms.ipynb #34bb4688
 def itk_image(
     data: np.ndarray,  # (i, j, k), or (i, j, k, 3) world vectors in LPS mm
     grid: Grid,
@@ -76,7 +76,7 @@ def itk_image(
     image.SetOrigin((FLIP[:3, :3] @ grid.affine[:3, 3]).tolist())
     return image
 
-# %% ../nbs/10_transforms.ipynb #e2cf26cd
+# %% ../nbs/10_transforms.ipynb #ccc9f5e4
 def itk_field(
     disp: Float[Tensor, "1 3 i j k"],  # mm, along the axes of `grid`
     grid: Grid,
@@ -85,7 +85,7 @@ def itk_field(
     vectors = np.einsum("ab,bijk->ijka", FLIP[:3, :3] @ grid.axes, disp[0].detach().cpu().double().numpy())
     return sitk.DisplacementFieldTransform(itk_image(vectors, grid))
 
-# %% ../nbs/10_transforms.ipynb #f13cd291
+# %% ../nbs/10_transforms.ipynb #fd38d373
 def write_itk(
     path: str | Path,  # .h5 or .tfm
     transform: sitk.Transform,
@@ -98,7 +98,7 @@ def write_itk(
         os.replace(part, path)
     return path
 
-# %% ../nbs/10_transforms.ipynb #7af08853
+# %% ../nbs/10_transforms.ipynb #1377065e
 def write_transform(
     folder: str | Path,  # existing
     transform: SpineTransform,
@@ -109,7 +109,7 @@ def write_transform(
     folder = Path(folder)
     return write_itk(folder / "transform.h5", forward), write_itk(folder / "inverse.h5", backward)
 
-# %% ../nbs/10_transforms.ipynb #2d91cdeb
+# %% ../nbs/10_transforms.ipynb #48207467
 def read_transform(
     path: str | Path,  # transform.h5, or the folder that holds it
 ) -> SpineTransform:

@@ -1,0 +1,80 @@
+# make run    register a sample case: environment, app notebook, table
+# make test   every check, exactly as CI runs it
+# The environment is .venv; a second call installs nothing. Without make: see "Without make" in README.md.
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+PIN  = --constraint constraints.txt
+VENV = .venv
+BIN  = $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
+CASE = $(firstword $(wildcard data_samples/test/easy*) $(wildcard data_samples/test/*))
+OUT  = out/register
+ARGS =
+JOBS = 2
+
+given = $(if $(wildcard $(CASE)/$(2)),-p $(1) $(CASE)/$(2))
+
+.PHONY: help run test sync notebooks samples
+
+help:
+	@echo "make run        register a sample case (CASE=folder for another, ARGS='-p name value' for parameters) into $(OUT)"
+	@echo "make test       lint, notebooks, tests and apps: what CI runs"
+	@echo "make sync       export the notebooks to spinereg/ and clean them: before every commit"
+	@echo "make notebooks  execute every notebook in a fresh kernel and store its outputs"
+	@echo "make samples    write data_samples again"
+
+$(VENV)/.python:
+	@test -n "$(PYTHON)" || { echo "spinereg needs Python 3.11 or newer: make PYTHON=/path/to/python3"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.run: $(VENV)/.python settings.ini setup.py constraints.txt
+	@echo "Installing spinereg into $(VENV): some minutes the first time, nothing after that"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIN) --editable .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.python settings.ini setup.py constraints.txt
+	@echo "Installing spinereg and its tools into $(VENV): some minutes the first time, nothing after that"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIN) --editable ".[dev]"
+	@touch $(VENV)/.run $@
+
+define TABLE
+import pandas, sys
+print(pandas.read_csv(sys.argv[1] + "/vertebrae.csv").round(2).to_string(index=False, max_cols=9))
+print("\nexecuted notebook:", sys.argv[1] + "/register.ipynb")
+endef
+export TABLE
+
+run: $(VENV)/.run
+	@test -n "$(CASE)" || { echo "no case in data_samples/test: make samples writes them, make run CASE=folder takes another"; exit 1; }
+	@mkdir -p $(OUT)
+	$(BIN)/papermill --kernel python3 nbs/apps/register.ipynb $(OUT)/register.ipynb \
+		-p fixed $(CASE)/mr_t1.nii.gz -p moving $(CASE)/ct.nii.gz \
+		$(call given,moving_labels,ct_mask.nii.gz) $(call given,fixed_labels,mr_mask.nii.gz) $(call given,landmarks,landmarks.csv) \
+		-p out_dir $(OUT) $(ARGS)
+	@$(BIN)/python -c "$$TABLE" $(OUT)
+
+# one thread per process: two processes with two threads each are slower than one
+test: export OMP_NUM_THREADS = 1
+test: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/typos
+	$(BIN)/nbdev_test --timing --n_workers $(JOBS)
+	$(BIN)/pytest -n $(JOBS) --dist worksteal --durations 10
+
+sync: $(VENV)/.test
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+
+# apps run from the project's top, as papermill runs them; the others from their own folder, as JupyterLab does
+notebooks: $(VENV)/.test
+	for notebook in nbs/*.ipynb $(wildcard nbs/tutorials/*.ipynb); do \
+		$(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --inplace $$notebook || exit 1; done
+	for notebook in nbs/apps/*.ipynb; do \
+		$(BIN)/papermill --kernel python3 $$notebook $$notebook || exit 1; done
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+
+samples: $(VENV)/.run
+	@mkdir -p out
+	$(BIN)/papermill --kernel python3 nbs/apps/samples.ipynb out/samples.ipynb -p out_dir data_samples

@@ -1,0 +1,240 @@
+"""The project as a whole: what lies where, notebooks and modules in step, what an installed package holds and needs."""
+
+import ast
+import json
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from configparser import ConfigParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from jaxtyping import TypeCheckError
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from spinereg.geometry import transform_points
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
+APPS = [path for path in NOTEBOOKS if path.parent.name == "apps"]
+MODULES = sorted((ROOT / "spinereg").glob("*.py"))
+TOP_LEVEL = {
+    *("nbs", "spinereg", "data_samples", "tests", "settings.ini", "setup.py", "README.md"),
+    *("Makefile", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", "constraints.txt"),
+}
+
+
+def name_of(path):
+    return path.relative_to(ROOT / "nbs").as_posix()
+
+
+def cells(path, kind="code"):
+    return [cell for cell in json.loads(path.read_text("utf-8"))["cells"] if cell["cell_type"] == kind]
+
+
+def source(cell):
+    return "".join(cell["source"])
+
+
+def parsed(path):
+    "The syntax tree of all code cells, without lines for IPython."
+    return ast.parse("\n".join(re.sub(r"(?m)^\s*[%!].*", "", source(cell)) for cell in cells(path)))
+
+
+def settings():
+    config = ConfigParser(delimiters=["="], interpolation=None)
+    config.read(ROOT / "settings.ini", encoding="utf-8")
+    return config["DEFAULT"]
+
+
+def requirements(*keys):
+    return [Requirement(line) for key in keys for line in settings()[key].split()]
+
+
+def python(*args, **kwargs):
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, check=False, **kwargs)
+
+
+def tool(name, cwd):
+    done = subprocess.run([Path(sys.executable).with_name(name)], cwd=cwd, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_top_level_holds_only_what_convention_puts_there():
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    listed = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True)
+    names = {line.split("/")[0].strip('"') for line in listed.stdout.splitlines()}
+    assert {name for name in names if not name.startswith(".")} <= TOP_LEVEL
+
+
+# notebooks
+
+
+def test_d8_notebooks_are_exported_and_clean(tmp_path):
+    """D8: exporting and cleaning a copy of the project changes no file, makes none and leaves none out."""
+    ignore = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "_proc")
+    for folder in ("nbs", "spinereg"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignore)
+    shutil.copy(ROOT / "settings.ini", tmp_path)
+    for module in (tmp_path / "spinereg").glob("*.py"):
+        if module.name != "__init__.py":
+            module.unlink()
+    tool("nbdev_export", tmp_path)
+    tool("nbdev_clean", tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"nbs", "spinereg", "settings.ini"}
+    for folder, pattern in (("nbs", "*.ipynb"), ("spinereg", "*.py")):
+        here, there = ({path.relative_to(top): path.read_bytes() for path in (top / folder).rglob(pattern)} for top in (ROOT, tmp_path))
+        here = {path: data for path, data in here.items() if not {".ipynb_checkpoints", "_proc"} & set(path.parts)}
+        different = sorted(str(path) for path in here.keys() | there.keys() if here.get(path) != there.get(path))
+        assert not different, f"run `make sync` and commit: {different}"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
+def test_d10_notebook_carries_outputs_of_a_fresh_run_and_is_small(path):
+    """D4, D10: outputs are stored, none is an error, no execution count, at most 1 MB."""
+    code = cells(path)
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert outputs or not code, "run `make notebooks`"
+    assert not [output for output in outputs if output["output_type"] == "error"]
+    assert all(cell["execution_count"] is None for cell in code)
+    assert path.stat().st_size <= 1_000_000
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
+def test_notebook_opens_with_a_title_and_a_subtitle(path):
+    first = source(cells(path, "markdown")[0])
+    assert re.match(r"# \S.*\n\n> \S", first), first[:80]
+
+
+@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if re.match(r"\d", path.name)], ids=name_of)
+def test_notebook_imports_only_lower_numbers(path):
+    exports = {other: re.search(r"#\| default_exp (\w+)", other.read_text("utf-8")) for other in NOTEBOOKS}
+    number = {match.group(1): other.stem.split("_")[0] for other, match in exports.items() if match}
+    modules = {node.module for node in ast.walk(parsed(path)) if isinstance(node, ast.ImportFrom)}
+    imported = {module.split(".")[1] for module in modules if module and module.startswith("spinereg.")}
+    assert all(number[module] < path.stem.split("_")[0] for module in imported), imported
+
+
+@pytest.mark.parametrize("path", APPS, ids=name_of)
+def test_d6_app_has_one_cell_of_plain_commented_parameters(path):
+    """D6: without the tag papermill ignores every parameter silently; plain values are what it can replace and check."""
+    tagged = [source(cell) for cell in cells(path) if "parameters" in cell["metadata"].get("tags", [])]
+    assert len(tagged) == 1
+    statements = ast.parse(tagged[0]).body
+    assert all(isinstance(line, ast.Assign | ast.AnnAssign) for line in statements)
+    names = [getattr(line, "target", None) or line.targets[0] for line in statements]
+    assert "out_dir" in {name.id for name in names}
+    for line in statements:
+        ast.literal_eval(line.value)
+        assert "#" in tagged[0].splitlines()[line.end_lineno - 1], f"say what `{ast.unparse(line)}` means, in a comment behind it"
+
+
+@pytest.mark.parametrize("path", APPS, ids=name_of)
+def test_app_defines_no_function(path):
+    assert not [node for node in ast.walk(parsed(path)) if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Lambda)]
+
+
+# the package
+
+
+def test_e1_the_package_imports_without_the_tools_that_made_it():
+    """E1, E2: neither the exporter nor MONAI (6 s of CPU) nor a viewer is imported with any module of the package."""
+    names = ["spinereg"] + [f"spinereg.{path.stem}" for path in MODULES if not path.stem.startswith("_")]
+    code = "import importlib, sys; [importlib.import_module(name) for name in sys.argv[1:]]; print(*{name.split('.')[0] for name in sys.modules})"
+    done = python("-c", code, *names, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert not {"nbdev", "fastcore", "execnb", "monai", "itkwidgets", "ipyniivue", "pytest"} & set(done.stdout.split())
+
+
+def test_e1_every_requirement_is_bounded_below_and_above():
+    """E1: an install does not break with time."""
+    for need in requirements("requirements", "viewers_requirements"):
+        bounds = {spec.operator for spec in need.specifier}
+        assert "==" in bounds or {">=", "<"} <= bounds, str(need)
+
+
+def test_e1_constraints_pin_every_requirement_within_its_bounds():
+    """E1: the versions known to work together are versions that settings.ini allows."""
+    lines = [line for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines() if not line.startswith("#")]
+    pins = dict(line.split("==") for line in lines)
+    assert list(pins) == sorted(pins)
+    for need in requirements("requirements", "dev_requirements", "viewers_requirements"):
+        assert need.specifier.contains(pins[canonicalize_name(need.name)], prereleases=True), str(need)
+
+
+def test_shapes_in_signatures_are_checked_while_the_tests_run():
+    """A shape that contradicts the signature must raise here; if not, .pytest.ini no longer switches the checks on."""
+    with pytest.raises(TypeCheckError):
+        transform_points(np.eye(4), torch.zeros(5, 2))
+
+
+def test_version_is_one():
+    version = settings()["version"]
+    assert f'__version__ = "{version}"' in (ROOT / "spinereg/__init__.py").read_text("utf-8")
+    assert re.search(rf"(?m)^version: {re.escape(version)}$", (ROOT / "CITATION.cff").read_text("utf-8"))
+    assert re.search(r"(?m)^## (\S+)", (ROOT / "CHANGELOG.md").read_text("utf-8")).group(1) == version
+
+
+def test_wheel_carries_modules_and_apps_and_needs_no_tools(tmp_path):
+    """E1: built from a plain checkout; unpacked elsewhere, `spinereg.apps` finds the notebooks."""
+    ignore = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
+    for folder in ("nbs", "spinereg"):
+        shutil.copytree(ROOT / folder, tmp_path / "checkout" / folder, ignore=ignore)
+    for name in ("settings.ini", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path / "checkout")
+    done = python("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(tmp_path / "checkout"))
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    held = {path.relative_to(tmp_path / "site/spinereg").as_posix() for path in (tmp_path / "site/spinereg").rglob("*") if path.is_file()}
+    assert held == {path.name for path in MODULES} | {f"notebooks/{path.name}" for path in APPS}
+    metadata = next((tmp_path / "site").glob("*.dist-info/METADATA")).read_text("utf-8")
+    needed = {Requirement(line).name for line in re.findall(r"(?m)^Requires-Dist: (.*)$", metadata) if "extra ==" not in line}
+    assert needed == {need.name for need in requirements("requirements")}
+    code = "from spinereg.apps import apps; print(*(path for path in apps().values()), sep='\\n')"
+    found = python("-c", code, cwd=tmp_path / "site").stdout.split()
+    assert [Path(path) for path in found] == [tmp_path / "site/spinereg/notebooks" / path.name for path in APPS]
+
+
+# the README and its two commands
+
+
+def test_readme_points_at_files_that_exist_and_commands_that_are_there():
+    """E3: every link, picture and make target named in README.md exists; its Python compiles."""
+    text = re.sub(r"(?s)<!--.*?-->", "", (ROOT / "README.md").read_text("utf-8"))
+    for link in re.findall(r"\]\(([^)#]+)\)", text):
+        assert link.startswith("http") or (ROOT / link).exists(), link
+    targets = set(re.findall(r"(?m)^([a-z]+):", (ROOT / "Makefile").read_text("utf-8")))
+    assert {"run", "test"} <= set(re.findall(r"(?m)^make (\w+)", text)) <= targets
+    for block in re.findall(r"```python\n(.*?)```", text, re.S):
+        compile(block, "README.md", "exec")
+
+
+@pytest.mark.skipif(not [path for path in APPS if path.stem == "register"], reason="the register app is not there")
+def test_readme_and_makefile_name_only_parameters_that_the_app_has():
+    """D6: a parameter in a documented command line is one that `register` knows."""
+    (app,) = [path for path in APPS if path.stem == "register"]
+    (cell,) = [source(cell) for cell in cells(app) if "parameters" in cell["metadata"].get("tags", [])]
+    known = set(re.findall(r"(?m)^(\w+)", cell))
+    lines = (ROOT / "README.md").read_text("utf-8") + (ROOT / "Makefile").read_text("utf-8")
+    used = set(re.findall(r"(?:-p |given,)(\w+)[ ,]", lines))
+    assert used - {"name"} <= known
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize("target", ["run", "test"])
+def test_second_call_installs_nothing(tmp_path, target):
+    """Once the stamps are newer than settings.ini, setup.py and constraints.txt, no pip line is left to run."""
+    command = ["make", "--dry-run", target, f"VENV={tmp_path.as_posix()}", "CASE=data"]
+    first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for stamp in (".python", ".run", ".test"):
+        (tmp_path / stamp).touch()
+    second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "pip install" in first
+    assert "pip install" not in second
