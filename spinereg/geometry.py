@@ -6,7 +6,8 @@
 __all__ = ['transform_points', 'Grid', 'index_map', 'sample_index', 'crop_grid', 'respace_grid', 'ras_order', 'to_ras',
            'from_ras']
 
-# %% ../nbs/00_geometry.ipynb #a5b8cb3e
+# %% ../nbs/00_geometry.ipynb #08bb5468
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import nibabel as nib
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-# %% ../nbs/00_geometry.ipynb #4269ef1b
+# %% ../nbs/00_geometry.ipynb #0374c133
 def transform_points(
     matrix: np.ndarray | Tensor,  # (4, 4), the affine map
     points: Float[Tensor, "*batch 3"],  # in the map's domain
@@ -25,7 +26,7 @@ def transform_points(
     m = torch.as_tensor(matrix).to(points)
     return points @ m[:3, :3].T + m[:3, 3]
 
-# %% ../nbs/00_geometry.ipynb #56fc77ec
+# %% ../nbs/00_geometry.ipynb #af368bec
 @dataclass(frozen=True, eq=False)
 class Grid:
     "Voxel shape plus the affine from voxel index to world (RAS mm)."
@@ -72,7 +73,7 @@ class Grid:
         mm = " x ".join(f"{s:.3g}" for s in self.spacing_mm)
         return f"Grid({size} voxels of {mm} mm, {self.axcodes}, centre {np.round(self.centre_mm, 1).tolist()} mm)"
 
-# %% ../nbs/00_geometry.ipynb #e48f1f0c
+# %% ../nbs/00_geometry.ipynb #301a218d
 def index_map(
     grid: Grid,  # where the indices start
     other: Grid,  # the grid they are to index into
@@ -82,7 +83,7 @@ def index_map(
     world = np.eye(4) if world is None else world
     return np.linalg.inv(other.affine) @ world @ grid.affine
 
-# %% ../nbs/00_geometry.ipynb #491351c9
+# %% ../nbs/00_geometry.ipynb #4657d20d
 def sample_index(
     values: Float[Tensor, "b c i j k"],  # voxel values
     index: Float[Tensor, "#b *at 3"],  # fractional voxel indices to read at, one to three dimensions of them
@@ -97,18 +98,18 @@ def sample_index(
     read = F.grid_sample(values, coords, mode=mode, padding_mode=outside, align_corners=False)
     return read.reshape(*read.shape[:2], *at)
 
-# %% ../nbs/00_geometry.ipynb #3eab4628
+# %% ../nbs/00_geometry.ipynb #4dd5290c
 def crop_grid(
     grid: Grid,
-    start: np.ndarray,  # (3,) first voxel index kept; negative pads
-    stop: np.ndarray,  # (3,) one past the last index kept
+    start: Sequence[int] | np.ndarray,  # first voxel index kept, per axis; negative pads
+    stop: Sequence[int] | np.ndarray,  # one past the last index kept, per axis
 ) -> Grid:
     "The part of a grid between two indices; indices outside the grid extend it."
     affine = grid.affine.copy()
     affine[:3, 3] = grid.affine[:3, :3] @ np.asarray(start) + grid.affine[:3, 3]
     return Grid(tuple(int(b - a) for a, b in zip(start, stop)), affine)
 
-# %% ../nbs/00_geometry.ipynb #beb28c0e
+# %% ../nbs/00_geometry.ipynb #b50bc1ac
 def respace_grid(
     grid: Grid,
     spacing_mm: float | np.ndarray,  # new voxel size, one number or one per axis
@@ -121,14 +122,14 @@ def respace_grid(
     affine[:3, 3] = grid.centre_mm - affine[:3, :3] @ ((shape - 1) / 2)
     return Grid(tuple(int(n) for n in shape), affine)
 
-# %% ../nbs/00_geometry.ipynb #b3f601e2
+# %% ../nbs/00_geometry.ipynb #0051ced7
 def ras_order(
     affine: np.ndarray,  # (4, 4) affine of the stored array
 ) -> np.ndarray:  # (3, 2) nibabel orientation: for each stored axis, its RAS axis and direction
     "How the axes of a stored array are permuted and flipped to run right, anterior, superior."
     return nib.orientations.io_orientation(affine)
 
-# %% ../nbs/00_geometry.ipynb #65abd0df
+# %% ../nbs/00_geometry.ipynb #f0351f1f
 def to_ras(
     data: np.ndarray,  # (i, j, k) as stored
     affine: np.ndarray,  # (4, 4) as stored
@@ -138,7 +139,7 @@ def to_ras(
     grid = Grid(tuple(data.shape[i] for i in np.argsort(order[:, 0])), affine @ nib.orientations.inv_ornt_aff(order, data.shape))
     return np.ascontiguousarray(nib.orientations.apply_orientation(data, order)), grid
 
-# %% ../nbs/00_geometry.ipynb #793135db
+# %% ../nbs/00_geometry.ipynb #b8ffce47
 def from_ras(
     data: np.ndarray,  # (i, j, k) RAS-ordered
     affine: np.ndarray,  # (4, 4) of the stored array wanted back

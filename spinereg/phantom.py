@@ -7,7 +7,7 @@ __all__ = ['DIFFICULTIES', 'BODY_MARKS', 'SOFT_MARKS', 'Difficulty', 'oriented_g
            'start_and_rigid_mm', 'draw_motion', 'draw_truth', 'bone_landmarks', 'soft_landmarks', 'case_landmarks',
            'Case', 'verse_values', 'make_case', 'truth_table', 'write_case']
 
-# %% ../nbs/06b_phantom.ipynb #1d166cf9
+# %% ../nbs/06b_phantom.ipynb #1e0443de
 import csv
 import gzip
 import json
@@ -33,7 +33,7 @@ from .spine import Vertebra, anchors, build_spine, vertebra_distance
 from .tissues import build_anatomy, ct_scan, mr_scan, render, streaks
 from .truth import Truth, bone_points, clearances_mm, inverse_map, posture, smallest_jacobian
 
-# %% ../nbs/06b_phantom.ipynb #449e22c3
+# %% ../nbs/06b_phantom.ipynb #2bbf13d0
 class Difficulty(NamedTuple):
     "How hard a case is."
 
@@ -54,7 +54,7 @@ DIFFICULTIES = {
     "hard": Difficulty((0.92, 1.02), 78.0, 15.0, 8.0, 15.0, (8.0, 25.0), 2.0, 4, 0.55),
 }
 
-# %% ../nbs/06b_phantom.ipynb #744a8de1
+# %% ../nbs/06b_phantom.ipynb #ce3d7271
 def oriented_grid(
     codes: str,  # direction of the voxel axes, such as "PSR"
     shape: tuple[int, int, int],
@@ -71,7 +71,7 @@ def oriented_grid(
     affine[:3, 3] = centre_mm - affine[:3, :3] @ ((np.array(shape) - 1) / 2)
     return Grid(shape, affine)
 
-# %% ../nbs/06b_phantom.ipynb #34ff289b
+# %% ../nbs/06b_phantom.ipynb #358dbb9a
 def scanner_grids(
     level: str,  # "easy", "clinical" or "hard"
     centre_mm: np.ndarray,  # (3,) centre of the middle vertebra, world
@@ -87,7 +87,7 @@ def scanner_grids(
     mr = oriented_grid(codes, (190, 216, 24), (0.8, 0.8, 3.5), tilt_mr, centre_mm + rng.uniform(-1, 1, 3) * [4, 6, 10] + [0, -26, 0])
     return ct, mr
 
-# %% ../nbs/06b_phantom.ipynb #f4906e2a
+# %% ../nbs/06b_phantom.ipynb #4d2abe37
 def within(
     grid: Grid,
     points: Float[Tensor, "p 3"],  # world mm
@@ -97,7 +97,7 @@ def within(
     index = transform_points(np.linalg.inv(grid.affine), points)
     return ((index >= margin - 0.5) & (index <= torch.tensor(grid.shape) - 0.5 - margin)).all(-1)
 
-# %% ../nbs/06b_phantom.ipynb #022ebcbb
+# %% ../nbs/06b_phantom.ipynb #56bbe6b9
 def presence(
     vertebrae: tuple[Vertebra, ...],
     poses: np.ndarray,  # (n, 4, 4)
@@ -111,7 +111,7 @@ def presence(
         seen.append("whole" if shown.all() else "cut" if shown.any() else "absent")
     return tuple(seen)
 
-# %% ../nbs/06b_phantom.ipynb #1a227fd5
+# %% ../nbs/06b_phantom.ipynb #d390f6e4
 def start_and_rigid_mm(
     poses: np.ndarray,  # (2, n, 4, 4) in the fixed and in the moving image
     inside: list[Tensor],  # per vertebra (p, 3) points in it, own frame
@@ -126,7 +126,7 @@ def start_and_rigid_mm(
     left = fixed @ best.rotation[0].T + best.translation[0] - moving
     return float((fixed - moving).norm(dim=1).mean()), float(left.norm(dim=1).mean())
 
-# %% ../nbs/06b_phantom.ipynb #c977483d
+# %% ../nbs/06b_phantom.ipynb #abeef4ef
 def draw_motion(
     vertebrae: tuple[Vertebra, ...],
     difficulty: Difficulty,
@@ -136,7 +136,8 @@ def draw_motion(
     "One random motion: the joints bend the same way, each as far as it likes, with some side bending and twist."
     n, most = len(vertebrae), bend * difficulty.joint_deg
     flexion = -1 if difficulty.joint_deg > 6 else rng.choice([-1, 1])
-    joints = np.c_[flexion * rng.uniform(0.25, 1, n - 1) * most, rng.uniform(-0.6, 0.6, n - 1) * min(most, 5), rng.uniform(-0.2, 0.2, n - 1) * min(most, 5)]
+    forwards, sideways, twist = rng.uniform(0.25, 1, n - 1), rng.uniform(-0.6, 0.6, n - 1), rng.uniform(-0.2, 0.2, n - 1)
+    joints = np.c_[flexion * forwards * most, sideways * min(most, 5), twist * min(most, 5)]
     joints *= np.minimum(1, most / np.linalg.norm(joints, axis=1, keepdims=True))
     turn, shift = rng.uniform(-1, 1, 3), rng.uniform(-1, 1, 3) * [0.25, 0.8, 1]
     turn *= difficulty.turn_deg * rng.uniform(0.4, 1) / np.linalg.norm(turn)
@@ -146,7 +147,7 @@ def draw_motion(
     centres = vertebrae[n // 2].pose[:3, 3] + rng.uniform(-1, 1, (16, 3)) * [50, 60, 90] - [0, 20, 0]
     return Truth(vertebrae, poses, centres, rng.normal(0, 1.6, (16, 3)), width_mm=26.0, falloff_mm=8.0)
 
-# %% ../nbs/06b_phantom.ipynb #e9915b98
+# %% ../nbs/06b_phantom.ipynb #d837c7c3
 def draw_truth(
     level: str,  # "easy", "clinical" or "hard"
     seed: int,
@@ -169,7 +170,7 @@ def draw_truth(
             return truth, ct_grid, mr_grid, inside
     raise ValueError(f"no {level} motion found for seed {seed}; try another seed")
 
-# %% ../nbs/06b_phantom.ipynb #90beaaae
+# %% ../nbs/06b_phantom.ipynb #e610e5af
 BODY_MARKS = {  # where on a body, as shares of half its width, depth and height
     "upper endplate": (0, 0, 0.6), "lower endplate": (0, 0, -0.6), "upper front rim": (0, 0.85, 0.85), "lower front rim": (0, 0.85, -0.85),
     "upper right rim": (0.8, 0, 0.85), "upper left rim": (-0.8, 0, 0.85), "lower right rim": (0.8, 0, -0.85), "lower left rim": (-0.8, 0, -0.85),
@@ -193,7 +194,7 @@ def bone_landmarks(
     keep = vertebra_distance(vertebra, local) < 0
     return {name: position for (name, position), inside in zip(marks.items(), keep) if inside}
 
-# %% ../nbs/06b_phantom.ipynb #66d7b14c
+# %% ../nbs/06b_phantom.ipynb #aec29b2e
 SOFT_MARKS = {  # where in soft tissue: right and front of the canal's centre, in half canal widths
     "sac": (0, 0), "right psoas": (2.5, 1.5), "left psoas": (-2.5, 1.5), "right erector spinae": (2.2, -2.2), "left erector spinae": (-2.2, -2.2),
     "right multifidus": (1.0, -2.0), "left multifidus": (-1.0, -2.0),
@@ -215,7 +216,7 @@ def soft_landmarks(
         marks |= {name: v.pose[:3, :3] @ position + v.pose[:3, 3] for name, position in local.items()}
     return marks
 
-# %% ../nbs/06b_phantom.ipynb #e522b9a8
+# %% ../nbs/06b_phantom.ipynb #0301a7ca
 def case_landmarks(
     truth: Truth,
     whole: tuple[bool, ...],  # per vertebra: is all of it in both images
@@ -238,7 +239,7 @@ def case_landmarks(
     seen = within(mr_grid, fixed, margin=1.5) & within(ct_grid, moving, margin=1.5)
     return Landmarks(tuple(names[seen.numpy()].tolist()), tuple(owners[seen.numpy()].tolist()), fixed[seen], moving[seen])
 
-# %% ../nbs/06b_phantom.ipynb #6a5606a7
+# %% ../nbs/06b_phantom.ipynb #9b79770e
 @dataclass(frozen=True, eq=False)
 class Case:
     "A pair of images with all there is to know about it; arrays in the axis order of their grids."
@@ -267,7 +268,7 @@ def verse_values(
     value = {name: value for value, name in SCHEMES["verse"].items()}
     return np.array([0] + [value[v.name] for v in vertebrae], np.uint8)
 
-# %% ../nbs/06b_phantom.ipynb #4aeb06d8
+# %% ../nbs/06b_phantom.ipynb #25318792
 def make_case(
     level: str = "easy",  # "easy", "clinical" or "hard"
     seed: int = 0,
@@ -289,7 +290,7 @@ def make_case(
     ct = ct_scan(ct, seed, 16.0 * poor)
     return Case(level, seed, truth, ct, values[ct_label], ct_grid, t1, t2, values[mr_label], mr_grid, in_ct, in_mr, marks, start, rigid)
 
-# %% ../nbs/06b_phantom.ipynb #a2933065
+# %% ../nbs/06b_phantom.ipynb #91c55075
 def truth_table(case: Case) -> dict:
     "The content of `truth.json`."
     numbers = verse_values(case.truth.vertebrae)[1:].tolist()
@@ -303,15 +304,16 @@ def truth_table(case: Case) -> dict:
         "vertebrae": [{"name": v.name, "label": label, "matrix": m.tolist(), "fixed": f, "moving": g} for v, label, m, f, g in rows],
     }
 
-# %% ../nbs/06b_phantom.ipynb #5b928d5a
+# %% ../nbs/06b_phantom.ipynb #4b6e8eed
 def write_case(
     folder: str | Path,
     case: Case,
 ) -> Path:  # the folder
     "Write a case: images, label maps, truth and landmarks."
     folder = Path(folder)
-    volumes = {"ct": (case.ct, case.ct_grid), "ct_mask": (case.ct_mask, case.ct_grid), "mr_t1": (case.mr_t1, case.mr_grid), "mr_mask": (case.mr_mask, case.mr_grid)}
-    for name, (array, grid) in volumes.items():
+    ct, mr = {"ct": case.ct, "ct_mask": case.ct_mask}, {"mr_t1": case.mr_t1, "mr_mask": case.mr_mask}
+    for name, array in (ct | mr).items():
+        grid = case.ct_grid if name in ct else case.mr_grid
         image = nib.Nifti1Image(array, grid.affine)
         image.header.set_xyzt_units("mm")
         image.set_qform(grid.affine, 1)
@@ -331,4 +333,5 @@ def _write_landmarks(landmarks: Landmarks, path: Path) -> None:
     with open(path, "w", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["name", "vertebra", *COORDINATES])
-        table.writerows([name, vertebra, *(f"{value:.5f}" for value in row)] for name, vertebra, row in zip(landmarks.names, landmarks.vertebra, points))
+        for name, vertebra, row in zip(landmarks.names, landmarks.vertebra, points):
+            table.writerow([name, vertebra, *(f"{value:.5f}" for value in row)])

@@ -7,7 +7,7 @@ __all__ = ['DRAWN', 'TYPICAL', 'Sizes', 'typical_sizes', 'smooth_union', 'smooth
            'body_distance', 'Facet', 'Vertebra', 'stoutness_mm', 'anchors', 'vertebra_distance', 'rotation_about',
            'pose_above', 'facet_above', 'personal_sizes', 'build_spine', 'to_local', 'bone_distances']
 
-# %% ../nbs/05a_spine.ipynb #7929897e
+# %% ../nbs/05a_spine.ipynb #5d5d6c95
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from jaxtyping import Float
 from scipy.spatial.transform import Rotation
 from torch import Tensor
 
-# %% ../nbs/05a_spine.ipynb #5bb0baa8
+# %% ../nbs/05a_spine.ipynb #7c1b3791
 class Sizes(NamedTuple):
     "Sizes of one vertebra, and of the joint above it."
 
@@ -36,7 +36,7 @@ class Sizes(NamedTuple):
     pitch_deg: float  # how far they look up
     lordosis_deg: float  # how far the vertebra above leans back
 
-# %% ../nbs/05a_spine.ipynb #aa74ae72
+# %% ../nbs/05a_spine.ipynb #d62f20c3
 DRAWN = (*(f"C{i}" for i in range(3, 8)), *(f"T{i}" for i in range(1, 13)), *(f"L{i}" for i in range(1, 6)))
 TYPICAL = {
     "C3": Sizes(16.0, 15.5, 12.5, 5.5, 23.0, 15.5, 5.5, 7.0, 50, 32, 7, 0, 45, 3.0),
@@ -54,7 +54,7 @@ TYPICAL = {
     "L5": Sizes(48.0, 35.0, 26.0, 11.5, 27.0, 19.5, 14.0, 15.0, 80, 42, 8, 38, 0, 12.0),
 }
 
-# %% ../nbs/05a_spine.ipynb #d20b7e08
+# %% ../nbs/05a_spine.ipynb #9820d9a0
 def typical_sizes(
     name: str,  # a vertebra from C3 to L5
 ) -> Sizes:  # of an average adult
@@ -64,7 +64,7 @@ def typical_sizes(
     at = [DRAWN.index(listed) for listed in TYPICAL]
     return Sizes(*(float(np.interp(DRAWN.index(name), at, column)) for column in zip(*TYPICAL.values())))
 
-# %% ../nbs/05a_spine.ipynb #27104cc2
+# %% ../nbs/05a_spine.ipynb #af1ad864
 def smooth_union(
     a: Float[Tensor, " p"],  # signed distances, mm
     b: Float[Tensor, " p"],  # signed distances, mm
@@ -74,7 +74,7 @@ def smooth_union(
     seam = (1 - (a - b).abs() / fillet_mm).clamp(min=0)
     return torch.minimum(a, b) - fillet_mm / 4 * seam**2
 
-# %% ../nbs/05a_spine.ipynb #bb9436dc
+# %% ../nbs/05a_spine.ipynb #9a1bfa7b
 def smooth_common(
     a: Float[Tensor, " p"],  # signed distances, mm
     b: Float[Tensor, " p"],  # signed distances, mm
@@ -83,7 +83,7 @@ def smooth_common(
     "What two shapes have in common, with a rounded edge."
     return -smooth_union(-a, -b, fillet_mm)
 
-# %% ../nbs/05a_spine.ipynb #8dc621d9
+# %% ../nbs/05a_spine.ipynb #81de76d6
 def ellipse_distance(
     offset: Float[Tensor, "m p"],  # from the centre, mm
     radii: Float[Tensor, "m #p"],  # half axes, mm
@@ -93,7 +93,7 @@ def ellipse_distance(
     size = (scaled.square().sum(0) + 1e-6).sqrt()
     return size * (size - 1) / ((scaled / radii).square().sum(0) + 1e-6 / radii.square().amin(0)).sqrt()
 
-# %% ../nbs/05a_spine.ipynb #2629c778
+# %% ../nbs/05a_spine.ipynb #674515a0
 def rod_distance(
     points: Float[Tensor, "3 p"],  # mm
     start: list[float],  # (3,) mm
@@ -107,7 +107,7 @@ def rod_distance(
     t = ((along / along.square().sum()).T @ offset).clamp(0, 1)
     return ellipse_distance(offset - t * along, start_radii + t * (end_radii - start_radii))
 
-# %% ../nbs/05a_spine.ipynb #b77d5205
+# %% ../nbs/05a_spine.ipynb #dc8fb355
 def body_distance(
     points: Float[Tensor, "3 p"],  # own frame, mm
     sizes: Sizes,
@@ -123,7 +123,7 @@ def body_distance(
     ends = (z**2 + 0.01).sqrt() - sizes.height / 2 * (1 + 0.03 * y / half) + 0.1 * sizes.height * middle
     return smooth_common(smooth_common(side, back, 0.25 * sizes.depth), ends, 0.16 * sizes.height)
 
-# %% ../nbs/05a_spine.ipynb #d59b3a11
+# %% ../nbs/05a_spine.ipynb #b5e5e2de
 @dataclass(frozen=True, eq=False)
 class Facet:
     "The right joint between two articular processes in the frame of one of the two vertebrae; the left one is its mirror image."
@@ -131,7 +131,7 @@ class Facet:
     centre: np.ndarray  # (3,) mm
     normal: np.ndarray  # (3,) unit vector out of the upper vertebra's process into the lower one's
 
-# %% ../nbs/05a_spine.ipynb #6d634a84
+# %% ../nbs/05a_spine.ipynb #17ce0473
 @dataclass(frozen=True, eq=False)
 class Vertebra:
     "The shape of one vertebra, and where it stands."
@@ -144,7 +144,7 @@ class Vertebra:
     lean_mm: float  # how far the tip of the spinous process lies to the right
     gap_mm: float  # width of the facet joints
 
-# %% ../nbs/05a_spine.ipynb #ca48a757
+# %% ../nbs/05a_spine.ipynb #7852ebf3
 def stoutness_mm(sizes: Sizes) -> float:  # half the thickness of an articular process, mm
     "How stout the posterior parts of a vertebra are."
     return 0.11 * (sizes.width * sizes.height) ** 0.5 + 1.8
@@ -169,7 +169,7 @@ def anchors(
         "spinous_tip": np.array([0, -half - s.spinous + 3, -s.drop]),
     }
 
-# %% ../nbs/05a_spine.ipynb #07f0555a
+# %% ../nbs/05a_spine.ipynb #627f0635
 def vertebra_distance(
     vertebra: Vertebra,
     points: Float[Tensor, "3 p"],  # own frame, mm
@@ -198,7 +198,7 @@ def vertebra_distance(
         bone = smooth_union(bone, part, 0.12 * h)
     return bone
 
-# %% ../nbs/05a_spine.ipynb #f7809a53
+# %% ../nbs/05a_spine.ipynb #09866d96
 def rotation_about(
     rotation_deg: np.ndarray,  # (3,) axis times angle, about right, front and top
     centre_mm: np.ndarray,  # (3,) stays where it is
@@ -209,7 +209,7 @@ def rotation_about(
     matrix[:3, 3] = centre_mm - matrix[:3, :3] @ centre_mm
     return matrix
 
-# %% ../nbs/05a_spine.ipynb #0eb14d65
+# %% ../nbs/05a_spine.ipynb #4c51b312
 def pose_above(
     lower: Sizes,
     upper: Sizes,
@@ -219,7 +219,7 @@ def pose_above(
     up[2, 3] = (lower.height + upper.height) / 2 + lower.disc
     return rotation_about(np.array([lower.lordosis_deg, 0, 0]), np.array([0, 0, (lower.height + lower.disc) / 2])) @ up
 
-# %% ../nbs/05a_spine.ipynb #d3e71399
+# %% ../nbs/05a_spine.ipynb #d3103c65
 def facet_above(
     s: Sizes,
 ) -> Facet:  # in the frame of the vertebra with these sizes
@@ -230,7 +230,7 @@ def facet_above(
     normal = np.array([np.sin(turn) * np.cos(pitch), np.cos(turn) * np.cos(pitch), -np.sin(pitch)])
     return Facet(np.array([s.canal_width / 2 + 1.5, -behind, height]), normal)
 
-# %% ../nbs/05a_spine.ipynb #7b5012d6
+# %% ../nbs/05a_spine.ipynb #6485936a
 def personal_sizes(
     names: tuple[str, ...],
     rng: np.random.Generator,
@@ -246,14 +246,14 @@ def personal_sizes(
         sizes.append(Sizes(*s.tolist())._replace(span=min(float(s[8]), span_mm)))
     return sizes
 
-# %% ../nbs/05a_spine.ipynb #3eea231a
+# %% ../nbs/05a_spine.ipynb #2c727abf
 def build_spine(
     first: str,  # the highest vertebra
     last: str,  # the lowest
     seed: int = 0,
     scale: float = 1.0,  # size of this person against an average adult
     span_mm: float = 100.0,  # longest transverse processes allowed, from tip to tip
-    centre_mm: np.ndarray = np.zeros(3),  # where the vertebra in the middle stands, upright; world
+    centre_mm: np.ndarray | tuple[float, float, float] = (0.0, 0.0, 0.0),  # where the vertebra in the middle stands, upright; world
     gap_mm: float = 2.2,  # width of the facet joints
 ) -> tuple[Vertebra, ...]:  # from the top down
     "A spine in the posture of the moving image."
@@ -273,7 +273,7 @@ def build_spine(
     leans = rng.normal(0, 1, len(names))
     return tuple(Vertebra(name, sizes[i], poses[i], above[i], below[i], float(leans[i]), gap_mm) for i, name in enumerate(names))
 
-# %% ../nbs/05a_spine.ipynb #89c0a557
+# %% ../nbs/05a_spine.ipynb #e28b8db1
 def to_local(
     pose: np.ndarray,  # (4, 4) own frame to world
     points: Float[Tensor, "p 3"],  # world mm
@@ -282,7 +282,7 @@ def to_local(
     inverse = torch.as_tensor(np.linalg.inv(pose)).to(points)
     return inverse[:3, :3] @ points.T + inverse[:3, 3:]
 
-# %% ../nbs/05a_spine.ipynb #7792ede0
+# %% ../nbs/05a_spine.ipynb #87aa51d6
 def bone_distances(
     vertebrae: tuple[Vertebra, ...],
     poses: np.ndarray,  # (n, 4, 4) where the vertebrae are

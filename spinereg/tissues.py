@@ -7,7 +7,7 @@ __all__ = ['TISSUES', 'Signal', 'random_waves', 'texture', 'Anatomy', 'Course', 
            'Paint', 'column', 'paint_front', 'paint_muscles', 'paint_canal', 'paint_disc', 'paint_bone',
            'tissue_shares', 'signal', 'render', 'ct_scan', 'mr_scan', 'streaks']
 
-# %% ../nbs/06a_tissues.ipynb #9b90d261
+# %% ../nbs/06a_tissues.ipynb #60940812
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ from .geometry import Grid
 from .spine import DRAWN, Vertebra, ellipse_distance, rod_distance, rotation_about, smooth_common, to_local, vertebra_distance
 from .truth import Truth
 
-# %% ../nbs/06a_tissues.ipynb #837921db
+# %% ../nbs/06a_tissues.ipynb #7e7d16d1
 class Signal(NamedTuple):
     "What a tissue looks like."
 
@@ -50,7 +50,7 @@ TISSUES = {
     "vein": Signal(110, 0.45, 0.68, 10, 0.05),
 }
 
-# %% ../nbs/06a_tissues.ipynb #d6ae1d3f
+# %% ../nbs/06a_tissues.ipynb #d6acc2be
 def random_waves(
     rng: np.random.Generator,
     grain_mm: tuple[float, float, float],  # along right, front, top
@@ -59,7 +59,7 @@ def random_waves(
     "Plane waves whose sum is a random texture."
     return np.c_[rng.normal(0, 1, (count, 3)) / np.array(grain_mm), rng.uniform(0, 2 * np.pi, count)]
 
-# %% ../nbs/06a_tissues.ipynb #4b952ff0
+# %% ../nbs/06a_tissues.ipynb #358db3bc
 def texture(
     waves: np.ndarray,  # (m, 4)
     points: Float[Tensor, "p 3"],  # mm
@@ -68,7 +68,7 @@ def texture(
     w = torch.as_tensor(waves).to(points)
     return torch.cos(w[:, :3] @ points.T + w[:, 3:]).sum(0) * (2 / len(waves)) ** 0.5
 
-# %% ../nbs/06a_tissues.ipynb #713636be
+# %% ../nbs/06a_tissues.ipynb #5d4abe35
 @dataclass(frozen=True, eq=False)
 class Anatomy:
     "Everything a person is made of, in the posture of the moving image."
@@ -91,7 +91,7 @@ class Course(NamedTuple):
     cord: Float[Tensor, " p"]  # 1 above the end of the cord, 0 below
     psoas: Float[Tensor, " p"]  # 0 to 1
 
-# %% ../nbs/06a_tissues.ipynb #946b9d1d
+# %% ../nbs/06a_tissues.ipynb #919f0050
 def canal_course(
     vertebrae: tuple[Vertebra, ...],
 ) -> np.ndarray:  # (z, 9)
@@ -107,7 +107,7 @@ def canal_course(
     z = np.arange(rows[0, 0], rows[-1, 0], 1.0)
     return np.c_[z, PchipInterpolator(rows[:, 0], rows[:, 1:])(z)]
 
-# %% ../nbs/06a_tissues.ipynb #b62521ea
+# %% ../nbs/06a_tissues.ipynb #cb2b863d
 def along_course(
     anatomy: Anatomy,
     points: Float[Tensor, "p 3"],  # moving world mm
@@ -120,7 +120,7 @@ def along_course(
     x, y, half_width, half_depth, front, tip, cord, psoas = (table[below, 1:] * (1 - share) + table[below + 1, 1:] * share).T
     return Course(points[:, 0] - x, points[:, 1] - y, half_width, half_depth, front - y, tip - y, cord, psoas)
 
-# %% ../nbs/06a_tissues.ipynb #0b5332d0
+# %% ../nbs/06a_tissues.ipynb #8e4c7d51
 def build_anatomy(
     vertebrae: tuple[Vertebra, ...],  # from the top down
     seed: int = 0,
@@ -138,7 +138,7 @@ def build_anatomy(
     grains = {"ct": (1.2, 1.2, 1.6), "mr": (2.2, 2.2, 3.0), "streaks": (2.2, 2.2, 14.0), "roots": (0.8, 0.8, 20.0), "blobs": (9.0, 7.0, 12.0)}
     return Anatomy(vertebrae, tissues, canal_course(vertebrae), {name: random_waves(rng, grain) for name, grain in grains.items()})
 
-# %% ../nbs/06a_tissues.ipynb #50b7f765
+# %% ../nbs/06a_tissues.ipynb #ffaedb95
 class Paint:
     "Shares of tissues at points, painted one over the other."
 
@@ -163,7 +163,7 @@ class Paint:
         painted[self.names.index(tissue)] += cover
         self.shares[:, where] = painted
 
-# %% ../nbs/06a_tissues.ipynb #f07f9d55
+# %% ../nbs/06a_tissues.ipynb #f3d59c96
 def column(
     course: Course,
     side: Float[Tensor, " p"],  # mm to the right, or away from the middle
@@ -174,7 +174,7 @@ def column(
     centre, radii = (torch.stack([value * torch.ones_like(course.y) for value in pair]) for pair in (centre, radii))
     return ellipse_distance(torch.stack([side, course.y]) - centre, radii)
 
-# %% ../nbs/06a_tissues.ipynb #502c1be7
+# %% ../nbs/06a_tissues.ipynb #69ff2ddd
 def paint_front(
     anatomy: Anatomy,
     points: Float[Tensor, "p 3"],  # moving world mm
@@ -187,7 +187,7 @@ def paint_front(
     paint.over("vessel", column(course, course.x, (-10 * size, course.front + 13 * size), (8.5 * size, 8.5 * size)))
     paint.over("vessel", column(course, course.x, (13 * size, course.front + 12 * size), (10 * size, 7 * size)))
 
-# %% ../nbs/06a_tissues.ipynb #9a9419c0
+# %% ../nbs/06a_tissues.ipynb #18405813
 def paint_muscles(
     anatomy: Anatomy,
     points: Float[Tensor, "p 3"],  # moving world mm
@@ -205,7 +205,7 @@ def paint_muscles(
     paint.over("fat", (column(course, side, (12 * size, -25 * size), (12.5 * size, 17.5 * size)) + wavy).abs() - 0.7)
     paint.over("muscle", column(course, side, (12 * size, -25 * size), (12 * size, 17 * size)) + wavy + 1.5 * fat)
 
-# %% ../nbs/06a_tissues.ipynb #a38d18c8
+# %% ../nbs/06a_tissues.ipynb #e051aeee
 def paint_canal(
     anatomy: Anatomy,
     points: Float[Tensor, "p 3"],  # moving world mm
@@ -222,7 +222,7 @@ def paint_canal(
     bundle = torch.maximum(column(course, course.x, (0.0, -2.5 * size), (8.0 * size, 3.5 * size)), sac + 0.8)
     paint.over("nerve", torch.maximum(bundle, torch.maximum(1.2 * (0.6 - roots), 4 * (course.cord - 0.9))))
 
-# %% ../nbs/06a_tissues.ipynb #63c07298
+# %% ../nbs/06a_tissues.ipynb #f5806510
 def paint_disc(
     lower: Vertebra,  # the one below the disc
     points: Float[Tensor, "p 3"],  # moving world mm
@@ -236,10 +236,11 @@ def paint_disc(
     offset = offset[:, near]
     annulus = ellipse_distance(offset[:2], points.new_tensor([[0.5 * s.width - 0.8], [0.5 * s.depth - 0.8]]))
     paint.over("annulus", smooth_common(annulus, offset[2].abs() - s.disc / 2 - 2, 0.7 * s.disc), near)
-    nucleus = ellipse_distance(offset + points.new_tensor([[0], [0.05 * s.depth], [0]]), points.new_tensor([[0.31 * s.width], [0.29 * s.depth], [0.5 * s.disc + 1.5]]))
+    radii = points.new_tensor([[0.31 * s.width], [0.29 * s.depth], [0.5 * s.disc + 1.5]])
+    nucleus = ellipse_distance(offset + points.new_tensor([[0], [0.05 * s.depth], [0]]), radii)
     paint.over("nucleus", nucleus, near, edge_mm=3.0)
 
-# %% ../nbs/06a_tissues.ipynb #18df1d54
+# %% ../nbs/06a_tissues.ipynb #461ba5d5
 def paint_bone(
     vertebrae: tuple[Vertebra, ...],
     points: Float[Tensor, "p 3"],  # moving world mm
@@ -265,7 +266,7 @@ def paint_bone(
         paint.over("vein", torch.maximum(vein, nearest[near]), near)
     return label
 
-# %% ../nbs/06a_tissues.ipynb #fe4ef0de
+# %% ../nbs/06a_tissues.ipynb #0c914d91
 def tissue_shares(
     anatomy: Anatomy,
     points: Float[Tensor, "p 3"],  # moving world mm
@@ -283,7 +284,7 @@ def tissue_shares(
     paint.over("air", -back)
     return paint.shares, label
 
-# %% ../nbs/06a_tissues.ipynb #0b66248c
+# %% ../nbs/06a_tissues.ipynb #5c0b26d4
 def signal(
     anatomy: Anatomy,
     points: Float[Tensor, "p 3"],  # moving world mm
@@ -296,7 +297,7 @@ def signal(
     spread = spread if modality == "ct" else spread * values
     return values @ shares + spread @ shares * texture(anatomy.waves[kind], points)
 
-# %% ../nbs/06a_tissues.ipynb #8cd9f0f6
+# %% ../nbs/06a_tissues.ipynb #f6b433b1
 def render(
     anatomy: Anatomy,
     grid: Grid,
@@ -321,7 +322,7 @@ def render(
         images.append(total)
     return torch.cat(images, 1).reshape(-1, *grid.shape), torch.cat(labels).reshape(grid.shape)
 
-# %% ../nbs/06a_tissues.ipynb #e240562c
+# %% ../nbs/06a_tissues.ipynb #3d18b0c2
 def ct_scan(
     image: Float[Tensor, "i j k"],  # HU
     seed: int = 0,
@@ -333,7 +334,7 @@ def ct_scan(
     noisy = image.numpy() + noise_hu * noise / noise.std()
     return (step_hu * np.round(noisy.clip(-1024, 3064) / step_hu)).astype(np.int16)
 
-# %% ../nbs/06a_tissues.ipynb #9a084045
+# %% ../nbs/06a_tissues.ipynb #48092127
 def mr_scan(
     image: Float[Tensor, "i j k"],  # signal, brightest tissue near 1
     grid: Grid,
@@ -350,7 +351,7 @@ def mr_scan(
     seen = image.numpy() * np.exp(bias * gain.reshape(grid.shape).numpy())
     return np.round(brightness * np.hypot(seen + real, imaginary)).astype(np.uint16)
 
-# %% ../nbs/06a_tissues.ipynb #090ae8df
+# %% ../nbs/06a_tissues.ipynb #065d9a7e
 def streaks(
     grid: Grid,
     seed: int = 0,

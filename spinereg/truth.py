@@ -6,7 +6,7 @@
 __all__ = ['posture', 'bone_points', 'clearances_mm', 'bone_weights', 'Truth', 'carry', 'map_jacobian', 'smallest_jacobian',
            'inverse_map']
 
-# %% ../nbs/05b_truth.ipynb #270a2f33
+# %% ../nbs/05b_truth.ipynb #c5b93983
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import Tensor
 from .geometry import transform_points
 from .spine import Vertebra, bone_distances, rotation_about, vertebra_distance
 
-# %% ../nbs/05b_truth.ipynb #98318ac0
+# %% ../nbs/05b_truth.ipynb #68fef50f
 def posture(
     vertebrae: tuple[Vertebra, ...],
     joints_deg: np.ndarray,  # (n - 1, 3) rotation of every vertebra against the next lower one, axis times angle
@@ -36,7 +36,7 @@ def posture(
     whole[:3, 3] += shift_mm
     return np.stack([whole @ b @ v.pose for b, v in zip(bend, vertebrae)])
 
-# %% ../nbs/05b_truth.ipynb #63c1dc0a
+# %% ../nbs/05b_truth.ipynb #b1b2564e
 def bone_points(
     vertebra: Vertebra,
     spacing_mm: float = 1.5,
@@ -49,7 +49,7 @@ def bone_points(
     points = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)
     return points[vertebra_distance(vertebra, points.T) < 0]
 
-# %% ../nbs/05b_truth.ipynb #24cf27a9
+# %% ../nbs/05b_truth.ipynb #4e797df7
 def clearances_mm(
     vertebrae: tuple[Vertebra, ...],
     poses: np.ndarray,  # (n, 4, 4)
@@ -59,7 +59,7 @@ def clearances_mm(
     into_lower = np.linalg.inv(poses[1:]) @ poses[:-1]
     return np.array([float(vertebra_distance(v, transform_points(m, points).T).min()) for v, m, points in zip(vertebrae[1:], into_lower, inside)])
 
-# %% ../nbs/05b_truth.ipynb #7cd503fe
+# %% ../nbs/05b_truth.ipynb #3c7e07bd
 def bone_weights(
     distances: Float[Tensor, "n p"],  # signed distance to every vertebra, mm
 ) -> tuple[Float[Tensor, "n p"], Float[Tensor, " p"]]:  # weights; squared distance to all bones together, mm^2
@@ -69,7 +69,7 @@ def bone_weights(
     shares = torch.where(squares > least, least / squares, 1.0)
     return shares / shares.sum(0), least / shares.sum(0)
 
-# %% ../nbs/05b_truth.ipynb #106acb6a
+# %% ../nbs/05b_truth.ipynb #8871e9d0
 @dataclass(frozen=True, eq=False)
 class Truth:
     "The true map of the fixed world to the moving world."
@@ -93,7 +93,7 @@ class Truth:
             moved.append(chunk)
         return torch.cat(moved).reshape(points.shape)
 
-# %% ../nbs/05b_truth.ipynb #8eeea326
+# %% ../nbs/05b_truth.ipynb #63965c4c
 def carry(
     truth: Truth,
     step: int,  # from 0
@@ -110,7 +110,7 @@ def carry(
     blend = torch.einsum("np,nij->pij", weights, motions)
     return (blend[:, :3, :3] @ points[..., None])[..., 0] + blend[:, :3, 3]
 
-# %% ../nbs/05b_truth.ipynb #c35a6f94
+# %% ../nbs/05b_truth.ipynb #b6bd8cd5
 def map_jacobian(
     truth: Truth,
     points: Float[Tensor, "p 3"],  # fixed world mm, float64
@@ -120,7 +120,7 @@ def map_jacobian(
     offsets = step_mm * torch.eye(3).to(points)
     return torch.stack([(truth.map(points + o) - truth.map(points - o)) / (2 * step_mm) for o in offsets], -1)
 
-# %% ../nbs/05b_truth.ipynb #246e435e
+# %% ../nbs/05b_truth.ipynb #be863551
 def smallest_jacobian(
     truth: Truth,
     inside: list[Tensor],  # per vertebra (p, 3) points in it, own frame
@@ -132,11 +132,11 @@ def smallest_jacobian(
     around = torch.cat([bone + torch.as_tensor(rng.normal(0, shake, bone.shape)) for shake in shakes_mm])
     return float(torch.linalg.det(map_jacobian(truth, around)).min())
 
-# %% ../nbs/05b_truth.ipynb #85def6e9
+# %% ../nbs/05b_truth.ipynb #5d8e75c3
 def inverse_map(
     truth: Truth,
     points: Float[Tensor, "p 3"],  # moving world mm, float64
-    iterations: int = 12,
+    iterations: int = 12,  # at most
 ) -> Float[Tensor, "p 3"]:  # fixed world mm
     "Where points of the moving image lie in the fixed image."
     weights, _ = bone_weights(bone_distances(truth.vertebrae, truth.poses[-1], points))
@@ -145,4 +145,6 @@ def inverse_map(
     for _ in range(iterations):
         step = torch.linalg.solve(map_jacobian(truth, found), points - truth.map(found))
         found = found + step / (step.norm(dim=-1, keepdim=True) / 3).clamp(min=1)
+        if step.abs().max() < 1e-9:
+            break
     return found

@@ -1,0 +1,142 @@
+"The rigid start: overlap, centroids, files, and the search within its stated capture range."
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from scipy.spatial.transform import Rotation
+
+from spinereg.geometry import Grid, to_ras, transform_points
+from spinereg.nifti import InputError
+from spinereg.pairs import read_pair
+from spinereg.prealign import CAPTURE_DEG, CAPTURE_MM, fit_centroids, overlap, rigid_start, search
+from spinereg.rigid import rotation_angle_deg
+from spinereg.transforms import itk_affine, write_itk
+from spinereg.volumes import normalise
+
+
+@pytest.fixture(scope="module")
+def folder():
+    return Path(__file__).parent.parent / "data_samples/test/clinical_0"
+
+
+@pytest.fixture(scope="module")
+def pair(folder):
+    return read_pair(folder / "mr_t1.nii.gz", folder / "ct.nii.gz", folder / "ct_mask.nii.gz", folder / "mr_mask.nii.gz", folder / "landmarks.csv")
+
+
+def bone_error_mm(pair, matrix):
+    bone = torch.tensor([v != "" for v in pair.landmarks.vertebra])
+    return (transform_points(matrix, pair.landmarks.fixed_mm[bone]) - pair.landmarks.moving_mm[bone]).norm(dim=1).mean().item()
+
+
+def moved_header(pair, matrix):
+    "The pair with its moving image put elsewhere in the world."
+    grid = Grid(pair.moving.grid.shape, matrix @ pair.moving.grid.affine)
+    moving, labels = replace(pair.moving, grid=grid), replace(pair.moving_labels, grid=grid)
+    marks = pair.landmarks._replace(moving_mm=transform_points(matrix, pair.landmarks.moving_mm))
+    return pair._replace(moving=moving, moving_labels=labels, landmarks=marks)
+
+
+def test_A2_overlap_of_grids_that_share_nothing_but_the_world():
+    """A2: an oblique box inside a large one is covered whole, half outside by half."""
+    affine = np.eye(4)
+    affine[:3, :3] = Rotation.from_rotvec([0.3, 0.2, -0.4]).as_matrix() @ np.diag([2, 1, 1.5])
+    small, large = Grid((10, 20, 12), affine), Grid((200, 200, 200), np.array([[1.0, 0, 0, -100], [0, 1, 0, -100], [0, 0, 1, -100], [0, 0, 0, 1]]))
+    assert overlap(small, large) > 0.999
+    assert overlap(large, small) > 0.9
+    away = np.eye(4)
+    away[0, 3] = 100 - small.centre_mm[0]
+    assert abs(overlap(small, large, away) - 0.5) < 0.1
+
+
+@pytest.mark.parametrize("angle_deg", [0.0, 5.0, 20.0])
+def test_centroids_determine_what_they_can(angle_deg):
+    rng = np.random.default_rng(int(angle_deg))
+    column = np.stack([3 * np.sin(np.arange(6)), 5 * np.cos(np.arange(6)), 33.0 * np.arange(6)], 1)
+    turn = Rotation.from_rotvec(np.deg2rad(angle_deg) * np.array([0.8, 0.6, 0])).as_matrix()
+    matrix = fit_centroids(column, column @ turn.T + rng.normal(size=3) * 20)
+    assert np.allclose(matrix[:3, :3] @ matrix[:3, :3].T, np.eye(3), atol=1e-9)
+    assert rotation_angle_deg(torch.tensor(matrix[:3, :3] @ turn.T)) < 0.1 * angle_deg + 1e-6
+
+
+@pytest.mark.parametrize("how", ["labels", "search", "auto"])
+def test_A5_every_way_brings_the_bones_within_reach(pair, how):
+    """A5: from 6 mm or more to where the deformable part takes over."""
+    start = rigid_start(pair, how)
+    assert bone_error_mm(pair, np.eye(4)) > 6
+    assert bone_error_mm(pair, start.matrix) < 4
+    assert start.overlap_after > 0.3
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_A5_the_search_reaches_over_its_stated_capture_range(pair, seed):
+    """A5: starts up to the stated millimetres and degrees away from the header's."""
+    rng = np.random.default_rng(seed)
+    away = np.eye(4)
+    turn = rng.normal(size=3)
+    away[:3, :3] = Rotation.from_rotvec(np.deg2rad(0.6 * CAPTURE_DEG) * turn / np.linalg.norm(turn)).as_matrix()
+    centre, step = pair.moving.grid.centre_mm, rng.normal(size=3)
+    away[:3, 3] = centre - away[:3, :3] @ centre + 0.6 * CAPTURE_MM * step / np.linalg.norm(step)
+    there = moved_header(pair, away)
+    assert bone_error_mm(there, rigid_start(there, "search").matrix) < 4
+
+
+def test_A1_the_search_turns_with_the_world(pair):
+    """A1: both headers turned alike, the same alignment turned along."""
+    turn = np.eye(4)
+    turn[:3, :3] = Rotation.from_rotvec([0.2, -0.3, 0.25]).as_matrix()
+    images = normalise(pair.fixed, "mr"), normalise(pair.moving, "ct")
+    grids = pair.fixed.grid, pair.moving.grid
+    turned = [Grid(g.shape, turn @ g.affine) for g in grids]
+    here = search(images[0], grids[0], images[1], grids[1], pair.moving_labels.data, candidates=200)
+    there = search(images[0], turned[0], images[1], turned[1], pair.moving_labels.data, candidates=200)
+    assert np.abs(np.linalg.inv(turn) @ there @ turn - here).max() < 0.02
+
+
+def test_A4_images_that_do_not_meet_are_an_error_with_both_boxes(pair):
+    """A4: under 5 % overlap nothing is started; auto finds a way, header and search do not pretend."""
+    away = np.eye(4)
+    away[:3, 3] = [0, 0, 2000]
+    there = moved_header(pair, away)
+    for how in ("header", "search"):
+        with pytest.raises(InputError, match=r"overlap by 0%.*fixed x.*moving x") as caught:
+            rigid_start(there, how)
+        assert "centres" in str(caught.value)
+    assert bone_error_mm(there, rigid_start(there, "auto").matrix) < 4
+    assert bone_error_mm(there, rigid_start(there._replace(fixed_labels=None), "auto").matrix) < 30
+
+
+def test_a_transform_file_is_taken_as_it_is(pair, tmp_path):
+    matrix = np.eye(4)
+    matrix[:3, :3], matrix[:3, 3] = Rotation.from_rotvec([0.02, 0.01, 0]).as_matrix(), [1, 2, 3]
+    path = write_itk(tmp_path / "start.tfm", itk_affine(matrix))
+    assert np.allclose(rigid_start(pair, str(path)).matrix, matrix, atol=1e-6)
+
+
+@pytest.mark.parametrize(("content", "word"), [("missing", "no such file"), ("scaled", "scales"), ("field", "not linear")])
+def test_a_file_that_is_no_rigid_transform_is_refused(pair, tmp_path, content, word):
+    path = tmp_path / "start.h5"
+    if content == "scaled":
+        write_itk(path, itk_affine(np.diag([1.1, 1, 1, 1])))
+    if content == "field":
+        write_itk(path, sitk.DisplacementFieldTransform(sitk.Image([4, 4, 4], sitk.sitkVectorFloat64, 3)))
+    with pytest.raises(InputError, match=word):
+        rigid_start(pair, str(path))
+
+
+def test_labels_are_needed_for_labels(pair):
+    with pytest.raises(InputError, match="needs the labels of both"):
+        rigid_start(pair._replace(fixed_labels=None), "labels")
+
+
+def test_no_interpolation_happens_on_the_way_in(pair, folder):
+    import nibabel as nib
+
+    stored = nib.load(folder / "ct.nii.gz")
+    data, grid = to_ras(np.asarray(stored.dataobj), stored.affine)
+    assert grid.same_as(pair.moving.grid, 0.01)
+    assert np.array_equal(data.astype(np.float32), pair.moving.data.numpy())
