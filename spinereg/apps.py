@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['apps', 'app', 'given_parameters', 'go_to_project']
 
-# %% ../nbs/16_apps.ipynb #0b3a5a25
+# %% ../nbs/16_apps.ipynb #92b5e103
 import inspect
 import os
 from collections.abc import Callable, Mapping
@@ -13,14 +13,14 @@ from pathlib import Path
 
 import spinereg
 
-# %% ../nbs/16_apps.ipynb #ba41f412
+# %% ../nbs/16_apps.ipynb #59f8e8df
 def apps() -> dict[str, Path]:  # name of each app -> its notebook
     "The notebooks that papermill can run, wherever this package is installed."
     package = Path(spinereg.__file__).parent
     folders = package / "notebooks", package.parent / "nbs" / "apps"
     return {notebook.stem: notebook for folder in folders for notebook in sorted(folder.glob("*.ipynb"))}
 
-# %% ../nbs/16_apps.ipynb #668c8924
+# %% ../nbs/16_apps.ipynb #50dfcb67
 def app(
     name: str,  # such as "register"
 ) -> Path:  # the notebook
@@ -30,7 +30,7 @@ def app(
         raise ValueError(f"there is no app {name!r}: choose one of {', '.join(found)}")
     return found[name]
 
-# %% ../nbs/16_apps.ipynb #f49ccf61
+# %% ../nbs/16_apps.ipynb #70d84107
 def given_parameters(
     namespace: Mapping,  # globals() of the app, right after its parameter cells
     function: Callable,  # the function that they are for
@@ -50,7 +50,7 @@ def given_parameters(
         raise ValueError(f"{function.__name__}: {'; '.join(wrong)}. Parameters: {', '.join(known)}")
     return values
 
-# %% ../nbs/16_apps.ipynb #6ac966c4
+# %% ../nbs/16_apps.ipynb #60703c6d
 def go_to_project() -> Path:  # the new working directory
     "Change to the nearest folder above that holds `data_samples`; stay where there is none."
     here = Path.cwd()

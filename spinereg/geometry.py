@@ -6,7 +6,7 @@
 __all__ = ['transform_points', 'Grid', 'index_map', 'sample_index', 'crop_grid', 'respace_grid', 'ras_order', 'to_ras',
            'from_ras']
 
-# %% ../nbs/00_geometry.ipynb #08bb5468
+# %% ../nbs/00_geometry.ipynb #75767d6f
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-# %% ../nbs/00_geometry.ipynb #0374c133
+# %% ../nbs/00_geometry.ipynb #d3827e58
 def transform_points(
     matrix: np.ndarray | Tensor,  # (4, 4), the affine map
     points: Float[Tensor, "*batch 3"],  # in the map's domain
@@ -26,7 +26,7 @@ def transform_points(
     m = torch.as_tensor(matrix).to(points)
     return points @ m[:3, :3].T + m[:3, 3]
 
-# %% ../nbs/00_geometry.ipynb #af368bec
+# %% ../nbs/00_geometry.ipynb #97f9768d
 @dataclass(frozen=True, eq=False)
 class Grid:
     "Voxel shape plus the affine from voxel index to world (RAS mm)."
@@ -73,7 +73,7 @@ class Grid:
         mm = " x ".join(f"{s:.3g}" for s in self.spacing_mm)
         return f"Grid({size} voxels of {mm} mm, {self.axcodes}, centre {np.round(self.centre_mm, 1).tolist()} mm)"
 
-# %% ../nbs/00_geometry.ipynb #301a218d
+# %% ../nbs/00_geometry.ipynb #4dbc2aff
 def index_map(
     grid: Grid,  # where the indices start
     other: Grid,  # the grid they are to index into
@@ -83,7 +83,7 @@ def index_map(
     world = np.eye(4) if world is None else world
     return np.linalg.inv(other.affine) @ world @ grid.affine
 
-# %% ../nbs/00_geometry.ipynb #4657d20d
+# %% ../nbs/00_geometry.ipynb #e9a46681
 def sample_index(
     values: Float[Tensor, "b c i j k"],  # voxel values
     index: Float[Tensor, "#b *at 3"],  # fractional voxel indices to read at, one to three dimensions of them
@@ -98,7 +98,7 @@ def sample_index(
     read = F.grid_sample(values, coords, mode=mode, padding_mode=outside, align_corners=False)
     return read.reshape(*read.shape[:2], *at)
 
-# %% ../nbs/00_geometry.ipynb #4dd5290c
+# %% ../nbs/00_geometry.ipynb #6842aa68
 def crop_grid(
     grid: Grid,
     start: Sequence[int] | np.ndarray,  # first voxel index kept, per axis; negative pads
@@ -109,27 +109,27 @@ def crop_grid(
     affine[:3, 3] = grid.affine[:3, :3] @ np.asarray(start) + grid.affine[:3, 3]
     return Grid(tuple(int(b - a) for a, b in zip(start, stop)), affine)
 
-# %% ../nbs/00_geometry.ipynb #b50bc1ac
+# %% ../nbs/00_geometry.ipynb #9ae53ae9
 def respace_grid(
     grid: Grid,
     spacing_mm: float | np.ndarray,  # new voxel size, one number or one per axis
 ) -> Grid:
     "The same box, same axes and same centre, with other voxels."
     new = np.broadcast_to(np.asarray(spacing_mm, float), 3)
-    shape = np.maximum(np.ceil(grid.size_mm / new - 1e-6), 1).astype(int)
+    shape = np.maximum(np.ceil(grid.size_mm / new - 1e-3), 1).astype(int)
     affine = np.eye(4)
     affine[:3, :3] = grid.axes * new
     affine[:3, 3] = grid.centre_mm - affine[:3, :3] @ ((shape - 1) / 2)
     return Grid(tuple(int(n) for n in shape), affine)
 
-# %% ../nbs/00_geometry.ipynb #0051ced7
+# %% ../nbs/00_geometry.ipynb #cde19e9a
 def ras_order(
     affine: np.ndarray,  # (4, 4) affine of the stored array
 ) -> np.ndarray:  # (3, 2) nibabel orientation: for each stored axis, its RAS axis and direction
     "How the axes of a stored array are permuted and flipped to run right, anterior, superior."
     return nib.orientations.io_orientation(affine)
 
-# %% ../nbs/00_geometry.ipynb #f0351f1f
+# %% ../nbs/00_geometry.ipynb #2a7f0287
 def to_ras(
     data: np.ndarray,  # (i, j, k) as stored
     affine: np.ndarray,  # (4, 4) as stored
@@ -139,7 +139,7 @@ def to_ras(
     grid = Grid(tuple(data.shape[i] for i in np.argsort(order[:, 0])), affine @ nib.orientations.inv_ornt_aff(order, data.shape))
     return np.ascontiguousarray(nib.orientations.apply_orientation(data, order)), grid
 
-# %% ../nbs/00_geometry.ipynb #b8ffce47
+# %% ../nbs/00_geometry.ipynb #5f664f81
 def from_ras(
     data: np.ndarray,  # (i, j, k) RAS-ordered
     affine: np.ndarray,  # (4, 4) of the stored array wanted back

@@ -7,7 +7,7 @@ __all__ = ['CAPTURE_MM', 'CAPTURE_DEG', 'overlap', 'align_centres', 'fit_centroi
            'motion_about', 'score_motions', 'search', 'align_labels', 'centroid_mm', 'read_rigid', 'RigidStart',
            'rigid_start']
 
-# %% ../nbs/12_prealign.ipynb #9dde26cc
+# %% ../nbs/12_prealign.ipynb #2d2f254e
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +27,7 @@ from .rigid import twist_matrix
 from .transforms import FLIP
 from .volumes import Labels, box_text, normalise
 
-# %% ../nbs/12_prealign.ipynb #756a31f6
+# %% ../nbs/12_prealign.ipynb #c0ceb075
 def overlap(
     fixed_grid: Grid,
     moving_grid: Grid,
@@ -42,7 +42,7 @@ def overlap(
     at = transform_points(index_map(small, large, way), index)
     return float(((at >= -0.5) & (at <= torch.tensor(large.shape) - 0.5)).all(-1).double().mean())
 
-# %% ../nbs/12_prealign.ipynb #26709e5f
+# %% ../nbs/12_prealign.ipynb #035de0c6
 def align_centres(
     fixed_grid: Grid,
     moving_grid: Grid,
@@ -52,7 +52,7 @@ def align_centres(
     matrix[:3, 3] = moving_grid.centre_mm - fixed_grid.centre_mm
     return matrix
 
-# %% ../nbs/12_prealign.ipynb #f84b1177
+# %% ../nbs/12_prealign.ipynb #cae25356
 def fit_centroids(
     fixed_mm: Float[np.ndarray, "p 3"],
     moving_mm: Float[np.ndarray, "p 3"],
@@ -66,7 +66,7 @@ def fit_centroids(
     matrix[:3, 3] = mean_y - matrix[:3, :3] @ mean_x
     return matrix
 
-# %% ../nbs/12_prealign.ipynb #d854509f
+# %% ../nbs/12_prealign.ipynb #b3fab186
 def nmi(
     one: Float[Tensor, " p"],  # 0 to 1
     other: Float[Tensor, "b p"],  # 0 to 1
@@ -84,7 +84,7 @@ def nmi(
     entropy_a, entropy_b, entropy_ab = (-(q * (q + 1e-12).log()).flatten(1).sum(1) for q in (p.sum(2), p.sum(1), p))
     return (entropy_a + entropy_b) / entropy_ab.clamp_min(1e-6)
 
-# %% ../nbs/12_prealign.ipynb #99a47459
+# %% ../nbs/12_prealign.ipynb #aa6b7486
 class SearchPoints(NamedTuple):
     "Places of the moving image that are compared."
 
@@ -98,7 +98,7 @@ def search_points(
     moving_grid: Grid,
     bone: Int[Tensor, "i j k"] | None,  # moving labels; None takes points everywhere
     generator: torch.Generator,
-    count: int = 4000,
+    count: int = 16000,
     spacing_mm: float = 4.0,
 ) -> SearchPoints:
     "Random voxels of the moving image, near bone where labels tell."
@@ -111,7 +111,7 @@ def search_points(
     points = transform_points(grid.affine, index.to(moving))
     return SearchPoints(points, image[0, 0][tuple(index.T)], points.mean(0))
 
-# %% ../nbs/12_prealign.ipynb #13813980
+# %% ../nbs/12_prealign.ipynb #4b3fee77
 def motion_about(
     twist: Float[Tensor, "b 6"],  # rotation vector (radians), velocity (mm)
     centre_mm: Float[Tensor, "3"],
@@ -136,7 +136,7 @@ def score_motions(
     read = sample_index(fixed, index.reshape(1, -1, 3))[0, 0].view(len(twist), -1)
     return nmi(at.values, read, inside) - 0.3 * (inside.mean(1) < 0.3)
 
-# %% ../nbs/12_prealign.ipynb #68ba55fe
+# %% ../nbs/12_prealign.ipynb #33d9564d
 CAPTURE_MM, CAPTURE_DEG = 25.0, 12.0  # the search looks this far to each side of its start
 
 
@@ -163,22 +163,23 @@ def search(
     reach = torch.tensor([np.deg2rad(reach_deg)] * 3 + [reach_mm] * 3).to(moving)
     twist = (2 * torch.rand(candidates, 6, generator=generator) - 1).to(moving) * reach
     twist[0] = 0
-    for spacing_mm, keep, rate in ((4.0, 8, 0.5), (2.0, 2, 0.2)):
+    for spacing_mm, count, keep, rate, steps in ((4.0, 4000, 8, 0.5, 40), (2.0, 16000, 2, 0.2, 80)):
         image, grid = coarsen(fixed[None, None], fixed_grid, spacing_mm)
+        some = SearchPoints(at.points_mm[:count], at.values[:count], at.centre_mm)
         with torch.no_grad():
-            score = torch.cat([score_motions(part, at, image, grid, start) for part in twist.split(100)])
-        twist = _climb(twist[score.topk(keep).indices], unit, rate, at, image, grid, start)
+            score = torch.cat([score_motions(part, some, image, grid, start) for part in twist.split(100)])
+        twist = _climb(twist[score.topk(keep).indices], unit, rate, steps, some, image, grid, start)
     with torch.no_grad():
         best = twist[score_motions(twist, at, image, grid, start).argmax()]
     found = np.linalg.inv(motion_about(best[None], at.centre_mm)[0].double().cpu().numpy()) @ start
     return frame @ found @ np.linalg.inv(frame)
 
 
-def _climb(twist: Tensor, unit: Tensor, rate: float, *scene, steps: int = 40) -> Tensor:
-    "Follow the gradient of the score from each of some motions."
+def _climb(twist: Tensor, unit: Tensor, rate: float, steps: int, *scene) -> Tensor:
+    "Follow the gradient of the score from each of some motions, in steps that shrink to a fiftieth."
     free = (twist / unit).requires_grad_()
     optimiser = torch.optim.Adam([free], lr=rate)
-    schedule = torch.optim.lr_scheduler.ExponentialLR(optimiser, 0.95)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimiser, 0.02 ** (1 / steps))
     for _ in range(steps):
         optimiser.zero_grad()
         (-score_motions(free * unit, *scene).sum()).backward()
@@ -186,7 +187,7 @@ def _climb(twist: Tensor, unit: Tensor, rate: float, *scene, steps: int = 40) ->
         schedule.step()
     return (free * unit).detach()
 
-# %% ../nbs/12_prealign.ipynb #23e20300
+# %% ../nbs/12_prealign.ipynb #4f211f12
 def align_labels(
     fixed: Labels,
     moving: Labels,
@@ -208,7 +209,7 @@ def centroid_mm(mask: Bool[Tensor, "i j k"], grid: Grid) -> np.ndarray:  # (3,) 
     "World position of the middle of a mask."
     return transform_points(grid.affine, mask.nonzero().double().mean(0)).numpy()
 
-# %% ../nbs/12_prealign.ipynb #1c9b49d1
+# %% ../nbs/12_prealign.ipynb #7966c7d9
 def read_rigid(
     path: str | Path,  # ITK transform, fixed -> moving points
 ) -> np.ndarray:  # (4, 4) RAS mm
@@ -227,7 +228,7 @@ def read_rigid(
         raise InputError(Problem("prealign", str(path), "scales, shears or mirrors", fix))
     return FLIP @ lps @ FLIP
 
-# %% ../nbs/12_prealign.ipynb #ad88ba7b
+# %% ../nbs/12_prealign.ipynb #c82847db
 class RigidStart(NamedTuple):
     "The rigid start of a registration."
 

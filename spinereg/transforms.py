@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FLIP', 'SpineTransform', 'itk_affine', 'itk_image', 'itk_field', 'write_itk', 'write_transform', 'read_transform']
 
-# %% ../nbs/10_transforms.ipynb #95b22bc2
+# %% ../nbs/10_transforms.ipynb #28c47c1a
 import os
 import tempfile
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from torch import Tensor
 from .fields import invert, warp
 from .geometry import Grid, sample_index, transform_points
 
-# %% ../nbs/10_transforms.ipynb #ea8cdd10
+# %% ../nbs/10_transforms.ipynb #56e052e9
 @dataclass(frozen=True, eq=False)
 class SpineTransform:
     "Map from the fixed to the moving world: x -> rigid(x + disp(x)), RAS mm; the displacement is zero outside its grid."
@@ -37,20 +37,20 @@ class SpineTransform:
         return self._follow(self.disp_inv, transform_points(np.linalg.inv(self.rigid), moving_mm))
 
     def deformation(self, onto: Grid) -> Float[Tensor, "1 3 i j k"]:  # disp without the rigid part, mm along the axes of `onto`
-        turn = torch.as_tensor(onto.axes.T @ self.grid.axes).to(self.disp)
+        turn = torch.as_tensor(np.linalg.inv(onto.axes) @ self.grid.axes).to(self.disp)
         return torch.einsum("ab,nbijk->naijk", turn, warp(self.disp, self.grid, onto, outside="zeros"))
 
     def displacement(self, onto: Grid) -> Float[Tensor, "1 3 i j k"]:  # the total, mm along the axes of `onto`
         here = onto.points_mm(self.disp)
         moved = transform_points(self.rigid, here + self.deformation(onto)[0].movedim(0, -1) @ torch.as_tensor(onto.axes.T).to(here))
-        return ((moved - here) @ torch.as_tensor(onto.axes).to(here)).movedim(-1, 0)[None]
+        return ((moved - here) @ torch.as_tensor(np.linalg.inv(onto.axes).T).to(here)).movedim(-1, 0)[None]
 
     def _follow(self, disp: Tensor, points_mm: Float[Tensor, "*p 3"]) -> Float[Tensor, "*p 3"]:
         index = transform_points(np.linalg.inv(self.grid.affine), points_mm.reshape(-1, 3).double())
         u = sample_index(disp.to(index), index[None], outside="zeros")[0].T
         return (points_mm.double() + (u @ torch.as_tensor(self.grid.axes.T).to(u)).reshape(points_mm.shape)).to(points_mm)
 
-# %% ../nbs/10_transforms.ipynb #79405db7
+# %% ../nbs/10_transforms.ipynb #e373a817
 FLIP = np.diag([-1.0, -1.0, 1.0, 1.0])  # RAS <-> LPS
 
 
@@ -64,7 +64,7 @@ def itk_affine(
     transform.SetTranslation(lps[:3, 3].tolist())
     return transform
 
-# %% ../nbs/10_transforms.ipynb #34bb4688
+# %% ../nbs/10_transforms.ipynb #8308149a
 def itk_image(
     data: np.ndarray,  # (i, j, k), or (i, j, k, 3) world vectors in LPS mm
     grid: Grid,
@@ -76,7 +76,7 @@ def itk_image(
     image.SetOrigin((FLIP[:3, :3] @ grid.affine[:3, 3]).tolist())
     return image
 
-# %% ../nbs/10_transforms.ipynb #ccc9f5e4
+# %% ../nbs/10_transforms.ipynb #e19210d4
 def itk_field(
     disp: Float[Tensor, "1 3 i j k"],  # mm, along the axes of `grid`
     grid: Grid,
@@ -85,7 +85,7 @@ def itk_field(
     vectors = np.einsum("ab,bijk->ijka", FLIP[:3, :3] @ grid.axes, disp[0].detach().cpu().double().numpy())
     return sitk.DisplacementFieldTransform(itk_image(vectors, grid))
 
-# %% ../nbs/10_transforms.ipynb #fd38d373
+# %% ../nbs/10_transforms.ipynb #75ac43e3
 def write_itk(
     path: str | Path,  # .h5 or .tfm
     transform: sitk.Transform,
@@ -98,7 +98,7 @@ def write_itk(
         os.replace(part, path)
     return path
 
-# %% ../nbs/10_transforms.ipynb #1377065e
+# %% ../nbs/10_transforms.ipynb #f767f447
 def write_transform(
     folder: str | Path,  # existing
     transform: SpineTransform,
@@ -109,7 +109,7 @@ def write_transform(
     folder = Path(folder)
     return write_itk(folder / "transform.h5", forward), write_itk(folder / "inverse.h5", backward)
 
-# %% ../nbs/10_transforms.ipynb #48207467
+# %% ../nbs/10_transforms.ipynb #d90a5270
 def read_transform(
     path: str | Path,  # transform.h5, or the folder that holds it
 ) -> SpineTransform:

@@ -1,0 +1,271 @@
+"Register and apply from files to files: outputs, headers, reproducibility, orientations, arguments. Few steps on coarse grids."
+
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+import SimpleITK as sitk
+import torch
+from scipy.ndimage import binary_erosion
+from scipy.spatial.transform import Rotation
+
+import spinereg
+from spinereg.apps import given_parameters
+from spinereg.geometry import transform_points
+from spinereg.nifti import InputError
+from spinereg.optimise import make_level, working_grid
+from spinereg.pairs import read_pair
+from spinereg.prealign import rigid_start
+from spinereg.registration import apply, make_scene, register
+from spinereg.transforms import read_transform
+
+SAMPLES = Path(__file__).parent.parent / "data_samples"
+QUICK = {"spacing_mm": 3.0, "levels": (2, 1), "steps": (15, 10), "device": "cpu"}
+
+
+def files(case):
+    names = {"fixed": "mr_t1", "moving": "ct", "moving_labels": "ct_mask", "fixed_labels": "mr_mask"}
+    folder = SAMPLES / "test" / case
+    return {key: folder / f"{name}.nii.gz" for key, name in names.items()} | {"landmarks": folder / "landmarks.csv"}
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    out = tmp_path_factory.mktemp("out")
+    return register(**files("clinical_0"), out_dir=out, **QUICK), out
+
+
+def voxels(path):
+    return np.asarray(nib.load(path).dataobj)
+
+
+def test_E4_every_promised_file_is_there_and_nothing_else(done):
+    """E4: transforms, images, labels, table, figures, pictures."""
+    result, out = done
+    found = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
+    names = {"transform.h5", "inverse.h5", "disp.nii.gz", "moved.nii.gz", "moved_labels.nii.gz", "vertebrae.csv", "metrics.json", "overview.png"}
+    assert found == names | {f"vertebrae/{name}.tfm" for name in result.vertebrae.index}
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert {"field", "landmarks", "labels", "contacts", "motions", "prealign", "parameters", "seconds", "environment", "summary"} <= set(metrics)
+    assert metrics["parameters"]["spacing_mm"] == 3.0
+
+
+def test_A14_outputs_keep_the_fixed_header(done):
+    """A14: shape, both affines and their codes are those of the fixed file."""
+    _, out = done
+    fixed = nib.load(files("clinical_0")["fixed"])
+    for name in ("moved", "moved_labels", "disp"):
+        image = nib.load(out / f"{name}.nii.gz")
+        assert image.shape[:3] == fixed.shape
+        assert np.allclose(image.affine, fixed.affine, atol=1e-6)
+        assert [int(image.header[c]) for c in ("sform_code", "qform_code")] == [int(fixed.header[c]) for c in ("sform_code", "qform_code")]
+
+
+def test_B6_moved_labels_are_whole_and_known(done):
+    """B6: an integer type without scaling, values a subset of the input's."""
+    _, out = done
+    image = nib.load(out / "moved_labels.nii.gz")
+    assert image.get_data_dtype().kind in "iu"
+    assert image.header.get_slope_inter()[0] in (None, 1.0)
+    values = set(np.unique(voxels(out / "moved_labels.nii.gz")))
+    assert len(values) > 3
+    assert values <= set(np.unique(voxels(files("clinical_0")["moving_labels"])))
+
+
+def test_A7_ITK_makes_the_same_moved_image_from_the_file(done):
+    """A7: to 1e-4 of the range, on the MR's oblique thick slices; by the composite and by disp.nii.gz."""
+    _, out = done
+    fixed, moving = (sitk.ReadImage(str(files("clinical_0")[name]), sitk.sitkFloat64) for name in ("fixed", "moving"))
+    ours = sitk.GetArrayFromImage(sitk.ReadImage(str(out / "moved.nii.gz")))
+    scale = np.ptp(sitk.GetArrayFromImage(moving))
+    field = sitk.DisplacementFieldTransform(sitk.ReadImage(str(out / "disp.nii.gz"), sitk.sitkVectorFloat64))
+    for transform, tolerance in ((sitk.ReadTransform(str(out / "transform.h5")), 1e-4), (field, 1e-3)):
+        by_itk = sitk.GetArrayFromImage(sitk.Resample(moving, fixed, transform, sitk.sitkLinear, 1e6))
+        inside = binary_erosion(by_itk < 1e5)
+        assert inside.mean() > 0.4
+        assert np.abs(by_itk - ours)[inside].max() < tolerance * scale
+
+
+def test_A8_the_registration_moves_landmarks_the_right_way(done):
+    """A8: fixed landmarks sent through transform.h5 come closer to the moving ones."""
+    result, out = done
+    marks = result.pair.landmarks
+    bone = torch.tensor([bool(v) for v in marks.vertebra])
+    before = (marks.fixed_mm - marks.moving_mm)[bone].norm(dim=1).mean()
+    after = (read_transform(out).points(marks.fixed_mm) - marks.moving_mm)[bone].norm(dim=1).mean()
+    assert after < 1.5 < 6 < before
+
+
+def test_vertebra_transforms_are_the_motions_of_the_table(done):
+    result, out = done
+    truth = json.loads((SAMPLES / "test/clinical_0/truth.json").read_text())["vertebrae"]
+    for name, matrix in result.metrics["motions"].items():
+        transform = sitk.ReadTransform(str(out / "vertebrae" / f"{name}.tfm"))
+        here = np.array([5.0, -30, -280])
+        there = np.array(transform.TransformPoint((here * [-1, -1, 1]).tolist())) * [-1, -1, 1]
+        assert np.allclose(there, np.array(matrix)[:3, :3] @ here + np.array(matrix)[:3, 3], atol=1e-4)
+    known = {v["name"]: np.array(v["matrix"]) for v in truth}
+    name = result.vertebrae.index[len(result.vertebrae) // 2]
+    turn = Rotation.from_matrix((np.linalg.inv(known[name]) @ result.metrics["motions"][name])[:3, :3])
+    assert np.rad2deg(turn.magnitude()) < 3
+
+
+def test_C11_two_runs_agree_bit_for_bit(tmp_path):
+    """C11: same seed, same machine, same numbers."""
+    runs = [register(**files("easy_0"), **QUICK) for _ in range(2)]
+    assert torch.equal(runs[0].transform.disp, runs[1].transform.disp)
+    assert torch.equal(runs[0].moved, runs[1].moved)
+    pd.testing.assert_frame_equal(runs[0].history, runs[1].history)
+
+
+def test_B4_labels_of_the_moving_image_are_enough_and_none_also_run(tmp_path, capsys):
+    """B4: without any labels it runs, and says that rigidity is off."""
+    given = files("easy_0")
+    result = register(given["fixed"], given["moving"], out_dir=tmp_path, **QUICK)
+    assert "rigidity off: no labels" in capsys.readouterr().out
+    assert "Rigidity is off: no labels." in result.summary()
+    assert not (tmp_path / "moved_labels.nii.gz").exists()
+    labelled = register(given["fixed"], given["moving"], given["moving_labels"], **QUICK)
+    assert len(labelled.vertebrae) > 3
+    assert "dice" not in labelled.vertebrae
+
+
+def test_B5_the_rigidity_terms_have_an_effect():
+    """B5: they lower the worst in-bone residual of a run with the same seed by more than half."""
+    given = {key: path for key, path in files("easy_0").items() if key != "fixed_labels"}
+    free = register(**given, **QUICK, weight_oc=0.0, weight_pc=0.0, weight_rf=0.0)
+    held = register(**given, **QUICK)
+    assert held.vertebrae.residual_rms_mm.mean() < 0.5 * free.vertebrae.residual_rms_mm.mean()
+    assert held.vertebrae.volume_change_percent.mean() < 0.5 * free.vertebrae.volume_change_percent.mean()
+
+
+def stored_as(source, target, codes=None, world=None):
+    "A copy of a NIfTI file with other axes, or elsewhere in the world."
+    image = nib.load(source)
+    if codes:
+        start, end = nib.io_orientation(image.affine), nib.orientations.axcodes2ornt(codes)
+        image = image.as_reoriented(nib.orientations.ornt_transform(start, end))
+    affine = image.affine if world is None else world @ image.affine
+    copy = nib.Nifti1Image(np.asarray(image.dataobj), affine)
+    copy.set_sform(affine, 1)
+    copy.set_qform(affine, 1)
+    nib.save(copy, target)
+    return target
+
+
+def pair_as(folder, codes=None, world=None):
+    given = files("clinical_0")
+    return {key: stored_as(given[key], folder / f"{key}.nii.gz", codes, world) for key in ("fixed", "moving", "moving_labels")}
+
+
+TURNS = [Rotation.from_rotvec(np.deg2rad(a) * np.array(v) / np.linalg.norm(v)).as_matrix() for a, v in
+         ((10, (1, 0, 0)), (15, (0, 1, 1)), (20, (0, 0, 1)), (25, (1, 1, 0)), (12, (1, -2, 3)))]
+
+
+def turned(matrix):
+    world = np.eye(4)
+    world[:3, :3] = matrix
+    return world
+
+
+@pytest.mark.parametrize("variant", ["LPI", "SRA", "AIL", 0, 3, 4])
+def test_A1_the_same_pair_stored_otherwise_registers_alike(variant, tmp_path, done, upright):
+    """A1: other axis orders and flips, or both headers turned: working images equal to 1e-5, displacement to 0.05 mm at 200 world points."""
+    world = np.eye(4) if isinstance(variant, str) else turned(TURNS[variant])
+    given = pair_as(tmp_path, variant if isinstance(variant, str) else None, world)
+    level, grid = working_level(given)
+    assert np.abs(np.linalg.inv(world) @ grid.affine - upright["grid"].affine).max() < 1e-4
+    for name in ("fixed", "moving", "mask"):
+        assert torch.allclose(getattr(level, name), getattr(upright["level"], name), atol=1e-5)
+    result = register(**given, **QUICK)
+    there = result.transform.points(transform_points(world, upright["points"]))
+    back = transform_points(np.linalg.inv(world), there)
+    assert (back - upright["result"].transform.points(upright["points"])).norm(dim=1).max() < 0.05
+
+
+def working_level(given):
+    pair = read_pair(**given)
+    scene = make_scene(pair, rigid_start(pair, "header").matrix, torch.device("cpu"))
+    grid = working_grid(scene, 2.0)
+    return make_level(scene, grid, 2.0, 2), grid
+
+
+@pytest.fixture(scope="module")
+def upright(tmp_path_factory):
+    given = pair_as(tmp_path_factory.mktemp("upright"))
+    level, grid = working_level(given)
+    result = register(**given, **QUICK)
+    index = torch.tensor(np.random.default_rng(0).uniform(0, 1, (200, 3))) * torch.tensor(grid.shape)
+    return {"level": level, "grid": grid, "result": result, "points": transform_points(grid.affine, index)}
+
+
+def test_apply_carries_images_labels_and_points_both_ways(done, tmp_path):
+    result, out = done
+    given = files("clinical_0")
+    moved = apply(out, given["moving"], tmp_path / "moved.nii.gz", onto=given["fixed"])
+    assert np.abs(voxels(moved) - voxels(out / "moved.nii.gz")).max() < 1e-3 * np.ptp(voxels(given["moving"]))
+    labels = apply(out, given["moving_labels"], tmp_path / "labels.nii.gz", onto=given["fixed"], labels=True)
+    assert (voxels(labels) != voxels(out / "moved_labels.nii.gz")).mean() < 1e-4
+    back = apply(out / "transform.h5", labels, tmp_path / "back.nii.gz", onto=given["moving"], to="moving", labels=True)
+    both = (voxels(back) > 0) & (voxels(given["moving_labels"]) > 0)
+    assert (voxels(back) == voxels(given["moving_labels"]))[both].mean() > 0.95
+    points = tmp_path / "points.csv"
+    pd.DataFrame({"name": "p", "x_mm": [3.0], "y_mm": [-40.0], "z_mm": [-280.0]}).to_csv(points, index=False)
+    there = pd.read_csv(apply(out, points, tmp_path / "there.csv"))
+    again = pd.read_csv(apply(out, tmp_path / "there.csv", tmp_path / "again.csv", to="moving"))
+    assert not np.allclose(there[["x_mm", "y_mm", "z_mm"]], [[3, -40, -280]], atol=1)
+    assert np.allclose(again[["x_mm", "y_mm", "z_mm"]], [[3, -40, -280]], atol=0.3)
+
+
+def test_apply_refuses_what_it_cannot_do(done, tmp_path):
+    _, out = done
+    with pytest.raises(ValueError, match="onto=None"):
+        apply(out, files("clinical_0")["moving"], tmp_path / "x.nii.gz")
+    with pytest.raises(ValueError, match="to='source'"):
+        apply(out, files("clinical_0")["moving"], tmp_path / "x.nii.gz", to="source")
+    (tmp_path / "p.csv").write_text("x,y,z\n1,2,3\n")
+    with pytest.raises(InputError, match=r"p\.csv.*x_mm"):
+        apply(out, tmp_path / "p.csv", tmp_path / "q.csv")
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [("method", "magic"), ("similarity", "nmi"), ("spacing_mm", 0.0), ("steps", (3,)), ("levels", ()), ("weight_oc", -1.0), ("device", "cuda:9")],
+)
+def test_D6_a_wrong_value_fails_before_any_file_is_opened(argument, value):
+    """D6: the files do not even exist."""
+    if argument == "device" and torch.cuda.is_available():
+        pytest.skip("a CUDA GPU is here")
+    with pytest.raises(ValueError, match=argument):
+        register("no.nii.gz", "nothing.nii.gz", **{argument: value})
+
+
+def test_D6_the_app_knows_its_parameters():
+    """D6: a misspelt name or a value of another kind fails before anything runs."""
+    good = {"fixed": "a", "moving": "b", "spacing_mm": 2, "steps": [3, 2, 1]}
+    assert given_parameters(good | {"__name__": "x", "In": []}, spinereg.register) == good
+    for wrong in ({"spacingmm": 2}, {"spacing_mm": "2"}, {"seed": True}, {"steps": 3}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            given_parameters(good | wrong, spinereg.register)
+
+
+def test_bad_pairs_are_one_error_before_any_work(tmp_path):
+    with pytest.raises(InputError) as caught:
+        register(tmp_path / "a.nii.gz", tmp_path / "b.nii.gz", tmp_path / "c.nii.gz")
+    assert len(caught.value.problems) >= 3
+
+
+@pytest.mark.skipif(not (Path(__file__).parents[2] / "shared/data/lumbar_mr_pair").is_dir(), reason="the real MR pair is not on this machine")
+def test_a_real_pair_from_a_start_14_mm_off(tmp_path):
+    """T2 onto T1 of one person, moving labels only: the body centroids meet."""
+    folder = Path(__file__).parents[2] / "shared/data/lumbar_mr_pair"
+    names = {"fixed": "fixed_t1", "moving": "moving_t2", "moving_labels": "moving_labels", "fixed_labels": "fixed_labels"}
+    result = register(**{key: folder / f"{name}.nii.gz" for key, name in names.items()}, **(QUICK | {"spacing_mm": 2.0}))
+    fixed, moved, names = result.pair.fixed_labels, result.moved_labels, result.pair.moving_labels.names
+    bodies = [(fixed.data == fixed.names.index(name) + 1, moved == names.index(name) + 1) for name in fixed.names]
+    apart_mm = [(a.nonzero().double().mean(0) - b.nonzero().double().mean(0)).norm() for a, b in bodies]
+    assert np.mean(apart_mm) < 1.5
+    assert result.metrics["field"]["n_folded"] == 0
