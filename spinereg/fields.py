@@ -6,7 +6,7 @@
 __all__ = ['read_index', 'warp', 'resample_field', 'blur', 'coarsen', 'compose', 'integrate', 'invert', 'jacobian', 'warp_labels',
            'vote']
 
-# %% ../nbs/03_fields.ipynb #342f920f
+# %% ../nbs/03_fields.ipynb #3252e2fa
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .geometry import Grid, crop_grid, index_map, respace_grid, sample_index
 
-# %% ../nbs/03_fields.ipynb #25fbfb04
+# %% ../nbs/03_fields.ipynb #20067f30
 def read_index(
     image_grid: Grid,  # grid of the image to read
     grid: Grid,  # fixed grid: read once for each of its voxels
@@ -29,7 +29,7 @@ def read_index(
     start = i[:, None, None, None] * whole[:3, 0] + j[:, None, None] * whole[:3, 1] + (k[:, None] * whole[:3, 2] + whole[:3, 3])
     return start + disp.movedim(1, -1) @ turn.T
 
-# %% ../nbs/03_fields.ipynb #4d8aebc6
+# %% ../nbs/03_fields.ipynb #d9508d73
 def warp(
     image: Float[Tensor, "b c i j k"],  # on `image_grid`
     image_grid: Grid,
@@ -44,7 +44,7 @@ def warp(
         disp = image.new_zeros(1, 3, *grid.shape)
     return sample_index(image, read_index(image_grid, grid, disp, world), mode, outside)
 
-# %% ../nbs/03_fields.ipynb #f64a9640
+# %% ../nbs/03_fields.ipynb #ec9bb2fb
 def resample_field(
     field: Float[Tensor, "b c i j k"],  # smooth values on `grid`, such as a velocity
     grid: Grid,
@@ -57,7 +57,7 @@ def resample_field(
         field = torch.cat([2 * first - second, field, 2 * last - before], axis)
     return warp(field, crop_grid(grid, [-1, -1, -1], np.array(grid.shape) + 1), onto)
 
-# %% ../nbs/03_fields.ipynb #7220b79f
+# %% ../nbs/03_fields.ipynb #b112a23f
 def blur(
     image: Float[Tensor, "b c i j k"],
     sigma: tuple[float, float, float],  # standard deviation along i, j, k in voxels; 0 leaves an axis alone
@@ -72,7 +72,7 @@ def blur(
             image = F.conv3d(F.pad(image.flatten(0, 1)[:, None], pad, mode="replicate"), kernel).view_as(image)
     return image
 
-# %% ../nbs/03_fields.ipynb #28f53c86
+# %% ../nbs/03_fields.ipynb #2c30d5f6
 def coarsen(
     image: Float[Tensor, "b c i j k"],
     grid: Grid,
@@ -83,7 +83,7 @@ def coarsen(
     onto = respace_grid(grid, spacing_mm)
     return warp(blur(image, sigma), grid, onto), onto
 
-# %% ../nbs/03_fields.ipynb #4111ffdf
+# %% ../nbs/03_fields.ipynb #059d368d
 def compose(
     outer: Float[Tensor, "b 3 i j k"],  # mm, applied second
     inner: Float[Tensor, "b 3 i j k"],  # mm, applied first
@@ -92,7 +92,7 @@ def compose(
     "Displacement of outer after inner; beyond the border the outermost value goes on."
     return inner + warp(outer, grid, grid, inner)
 
-# %% ../nbs/03_fields.ipynb #5c39d914
+# %% ../nbs/03_fields.ipynb #8a224e17
 def integrate(
     velocity: Float[Tensor, "b 3 i j k"],  # mm per unit time, along the axes of `grid`
     grid: Grid,
@@ -105,7 +105,7 @@ def integrate(
         disp = compose(disp, disp, grid)
     return disp
 
-# %% ../nbs/03_fields.ipynb #20d96ab0
+# %% ../nbs/03_fields.ipynb #d1252457
 def invert(
     disp: Float[Tensor, "b 3 i j k"],  # mm
     grid: Grid,
@@ -117,7 +117,7 @@ def invert(
         disp_inv = -warp(disp, grid, grid, disp_inv)
     return disp_inv
 
-# %% ../nbs/03_fields.ipynb #f3c4e895
+# %% ../nbs/03_fields.ipynb #768a4458
 def jacobian(
     disp: Float[Tensor, "b 3 i j k"],  # mm, along the axes of `grid`
     grid: Grid,
@@ -126,7 +126,7 @@ def jacobian(
     columns = [torch.gradient(disp, spacing=float(s), dim=axis)[0] for axis, s in enumerate(grid.spacing_mm, start=2)]
     return torch.stack(columns, -1).movedim(1, -2) + torch.eye(3, dtype=disp.dtype, device=disp.device)
 
-# %% ../nbs/03_fields.ipynb #b0516c14
+# %% ../nbs/03_fields.ipynb #a197ec37
 def warp_labels(
     labels: Int[Tensor, "b i j k"],  # 0 is background
     label_grid: Grid,
@@ -159,7 +159,7 @@ def vote(
     inside = ((index >= -0.5) & (index <= size - 0.5)).all(-1)
     bone = inside & (value > 0).any(-1)
     votes = (weight[bone][:, None, :] * (value[bone][:, :, None] == value[bone][:, None, :])).sum(-1)
-    best = votes.argmax(-1, keepdim=True)
+    best = (votes - 1e-4 * (value[bone] > 0)).argmax(-1, keepdim=True)
     won, share = labels.new_zeros(len(index)), weight.new_zeros(len(index))
     won[bone], share[bone] = value[bone].gather(1, best)[:, 0], votes.gather(1, best)[:, 0]
     return won, share

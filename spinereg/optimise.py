@@ -6,7 +6,7 @@
 __all__ = ['SIMILARITIES', 'PROGRESS', 'Scene', 'working_grid', 'Level', 'make_level', 'Terms', 'displacements', 'loss_terms',
            'Optimised', 'optimise', 'finish']
 
-# %% ../nbs/13_optimise.ipynb #349eb4b6
+# %% ../nbs/13_optimise.ipynb #09c5dd0a
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
@@ -26,7 +26,7 @@ from .similarity import erode_mask, lncc_loss, mi_loss, mind_loss
 from .transforms import SpineTransform
 from .volumes import Labels
 
-# %% ../nbs/13_optimise.ipynb #e70a5a14
+# %% ../nbs/13_optimise.ipynb #a58ef795
 class Scene(NamedTuple):
     "Two images to be registered, on one device."
 
@@ -37,7 +37,7 @@ class Scene(NamedTuple):
     rigid: np.ndarray  # (4, 4) pre-alignment, fixed -> moving, RAS mm
     labels: Labels | None  # of the moving image
 
-# %% ../nbs/13_optimise.ipynb #ab38e8ec
+# %% ../nbs/13_optimise.ipynb #7745036a
 def working_grid(
     scene: Scene,
     spacing_mm: float = 1.0,
@@ -58,7 +58,7 @@ def working_grid(
     high = np.minimum(place.amax(0).cpu().numpy() + 1 + margin, whole.shape)
     return crop_grid(whole, low, high)
 
-# %% ../nbs/13_optimise.ipynb #36f03cf7
+# %% ../nbs/13_optimise.ipynb #70e1c8f3
 class Level(NamedTuple):
     "The scene at one voxel size."
 
@@ -88,7 +88,7 @@ def make_level(
     velocity_grid = crop_grid(half, [-1] * 3, np.array(half.shape) + 1)
     return Level(here, fixed, moving, *levels, erode_mask(valid > 0.99, reach), velocity_grid)
 
-# %% ../nbs/13_optimise.ipynb #01665899
+# %% ../nbs/13_optimise.ipynb #66fddf57
 SIMILARITIES = {"lncc": (lncc_loss, 2), "mind": (mind_loss, 4), "mi": (mi_loss, 0)}  # loss, and how many voxels away it looks
 
 
@@ -134,7 +134,7 @@ def loss_terms(
     field = rigid_field(disp, level.grid, bone, rigid_motions(disp, level.grid, bone))
     return Terms(there + back, diffusion(velocity, level.velocity_grid), orthonormality(J, bone), properness(J, bone), field)
 
-# %% ../nbs/13_optimise.ipynb #a20f05b0
+# %% ../nbs/13_optimise.ipynb #2fe9b495
 PROGRESS = "{percentage:3.0f} % |{bar:30}| {elapsed}, {remaining} left; {desc}"
 
 
@@ -196,7 +196,7 @@ def _bone(scene: Scene, level: Level, disp: Float[Tensor, "1 3 i j k"]) -> Bone 
     won, share = warp_labels(scene.labels.data[None], scene.labels.grid, level.grid, disp, scene.rigid)
     return bone_voxels(won * (share > 0.5), len(scene.labels.names), minimum=0)
 
-# %% ../nbs/13_optimise.ipynb #44e700ba
+# %% ../nbs/13_optimise.ipynb #65782fb2
 def finish(
     velocity: Float[Tensor, "1 3 i j k"],  # mm
     grid: Grid,  # of the velocity

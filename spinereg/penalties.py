@@ -6,7 +6,7 @@
 __all__ = ['diffusion', 'bending', 'Bone', 'bone_voxels', 'bone_jacobian', 'determinant', 'orthonormality', 'properness',
            'bone_points_mm', 'rigid_motions', 'rigid_residual_mm', 'rigid_field', 'rigid_dice']
 
-# %% ../nbs/08_penalties.ipynb #7fc0fa42
+# %% ../nbs/08_penalties.ipynb #4aa2da39
 from itertools import combinations_with_replacement
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from .geometry import Grid, index_map, sample_index
 from .rigid import RigidMotions, procrustes
 from .similarity import full_precision
 
-# %% ../nbs/08_penalties.ipynb #87ba6f42
+# %% ../nbs/08_penalties.ipynb #e1869065
 @full_precision
 def diffusion(
     velocity: Float[Tensor, "b 3 i j k"],  # mm
@@ -42,7 +42,7 @@ def bending(
         total = total + (second if a == b else 2 * second)
     return total
 
-# %% ../nbs/08_penalties.ipynb #dabc972c
+# %% ../nbs/08_penalties.ipynb #37ba5ea5
 class Bone(NamedTuple):
     "The bone voxels of a batch, as a list."
 
@@ -54,7 +54,7 @@ class Bone(NamedTuple):
     batch: int  # number of samples
     n: int  # number of vertebrae per sample
 
-# %% ../nbs/08_penalties.ipynb #a284de8b
+# %% ../nbs/08_penalties.ipynb #0e6f5462
 def bone_voxels(
     labels: Int[Tensor, "b i j k"],  # moving labels warped to the fixed grid, 0 where no vertebra holds more than half
     n: int,  # number of vertebrae, the largest label
@@ -75,14 +75,14 @@ def bone_voxels(
     flat = voxel[:, 0] * (i * j * k) + (voxel[:, 1:].T * stride).sum(0)
     return Bone(voxel, vertebra, flat - less * stride, flat + more * stride, less.long() + more, b, n)
 
-# %% ../nbs/08_penalties.ipynb #1500d32f
+# %% ../nbs/08_penalties.ipynb #80bbb1b1
 def _mean_of_samples(values: Float[Tensor, " p"], bone: Bone) -> Float[Tensor, " b"]:
     "Mean over the bone voxels of each sample; zero for a sample without."
     sample = bone.voxel[:, 0]
     total = values.new_zeros(bone.batch).index_add(0, sample, values)
     return total / torch.bincount(sample, minlength=bone.batch).clamp_min(1)
 
-# %% ../nbs/08_penalties.ipynb #badb565c
+# %% ../nbs/08_penalties.ipynb #ba49c89d
 @full_precision
 def bone_jacobian(
     disp: Float[Tensor, "b 3 i j k"],  # mm, along the axes of `grid`
@@ -104,7 +104,7 @@ def determinant(
     a, b, c = matrix.unbind(-1)
     return (torch.linalg.cross(a, b) * c).sum(-1)
 
-# %% ../nbs/08_penalties.ipynb #69a1fc22
+# %% ../nbs/08_penalties.ipynb #d731126c
 @full_precision
 def orthonormality(
     J: Float[Tensor, "p 3 3"],  # from `bone_jacobian`
@@ -123,7 +123,7 @@ def properness(
     "Mean squared distance of det J from one over the bone."
     return _mean_of_samples((determinant(J) - 1).square(), bone)
 
-# %% ../nbs/08_penalties.ipynb #adfdaf45
+# %% ../nbs/08_penalties.ipynb #93f5d167
 def bone_points_mm(
     grid: Grid,
     bone: Bone,
@@ -144,7 +144,7 @@ def rigid_motions(
     weight = torch.ones_like(x[:, 0]) if weight is None else weight.to(x)
     return procrustes(x, x + u, weight, bone.vertebra, bone.batch * bone.n)
 
-# %% ../nbs/08_penalties.ipynb #28c377fd
+# %% ../nbs/08_penalties.ipynb #3027c570
 def rigid_residual_mm(
     disp: Float[Tensor, "b 3 i j k"],  # mm, along the axes of `grid`
     grid: Grid,
@@ -155,7 +155,9 @@ def rigid_residual_mm(
     x = bone_points_mm(grid, bone)
     u = disp.movedim(1, -1)[tuple(bone.voxel.T)]
     rigid = (motions.rotation[bone.vertebra] @ x[..., None])[..., 0] + motions.translation[bone.vertebra]
-    return torch.linalg.vector_norm(x + u - rigid, dim=-1)
+    rest = x + u - rigid
+    above_rounding = rest.detach().abs().amax(-1, keepdim=True) > 1e-6
+    return torch.linalg.vector_norm(rest * above_rounding, dim=-1)
 
 
 @full_precision
@@ -168,7 +170,7 @@ def rigid_field(
     "Mean distance between where bone voxels go and where their rigid motion would take them."
     return _mean_of_samples(rigid_residual_mm(disp, grid, bone, motions), bone).to(disp)
 
-# %% ../nbs/08_penalties.ipynb #cf3e7dfb
+# %% ../nbs/08_penalties.ipynb #2fa6c4fa
 def _boxes(bone: Bone, shape: tuple[int, int, int], margin: int) -> Int[Tensor, "m i j k 3"]:
     "Voxel indices of a box around each of the b * n vertebrae, all of one size, kept inside the volume."
     at = bone.voxel[:, 1:]
@@ -181,7 +183,7 @@ def _boxes(bone: Bone, shape: tuple[int, int, int], margin: int) -> Int[Tensor, 
     offsets = torch.stack(torch.meshgrid(*[torch.arange(n, device=at.device) for n in size.tolist()], indexing="ij"), -1)
     return start[:, None, None, None] + offsets
 
-# %% ../nbs/08_penalties.ipynb #40385fff
+# %% ../nbs/08_penalties.ipynb #5557ad46
 @full_precision
 def rigid_dice(
     disp: Float[Tensor, "b 3 i j k"],  # mm, along the axes of `grid`

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['choose_device', 'check_settings', 'register', 'make_scene', 'Clock', 'describe', 'apply', 'read_through']
 
-# %% ../nbs/15_registration.ipynb #05851075
+# %% ../nbs/15_registration.ipynb #a6166879
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -28,7 +28,7 @@ from .results import Registration, environment, evaluate
 from .transforms import read_transform
 from .volumes import normalise, read_image, whole_numbers
 
-# %% ../nbs/15_registration.ipynb #7460d53a
+# %% ../nbs/15_registration.ipynb #db9f65d2
 def choose_device(
     device: str = "auto",  # "auto", "cpu", "cuda", "cuda:1"
 ) -> torch.device:
@@ -62,7 +62,7 @@ def check_settings(
     if wrong:
         raise ValueError("register: " + "; ".join(wrong))
 
-# %% ../nbs/15_registration.ipynb #dffa82fd
+# %% ../nbs/15_registration.ipynb #81da55bd
 def register(
     fixed: str | Path,  # the image that stays, usually MR (NIfTI)
     moving: str | Path,  # the image that is moved, usually CT (NIfTI)
@@ -113,7 +113,7 @@ def register(
         print(f"written to {result.save(out_dir)}")
     return result
 
-# %% ../nbs/15_registration.ipynb #73d80ded
+# %% ../nbs/15_registration.ipynb #4c0c19d9
 def make_scene(
     pair: Pair,
     rigid: np.ndarray,  # (4, 4) pre-alignment
@@ -149,7 +149,7 @@ def describe(
     prealign = {"how": start.how, "matrix": start.matrix.tolist(), "overlap_before": start.overlap_before, "overlap_after": start.overlap_after}
     return {"summary": result.summary(), "prealign": prealign, "parameters": plain, "seconds": dict(seconds), "environment": environment(device)}
 
-# %% ../nbs/15_registration.ipynb #6640e0cf
+# %% ../nbs/15_registration.ipynb #7b89a508
 def apply(
     transform: str | Path,  # transform.h5 or the folder with it, from `register`
     what: str | Path,  # image or label map (NIfTI), or points: a CSV with columns x_mm, y_mm, z_mm (RAS)
@@ -176,7 +176,7 @@ def apply(
     image = read_image(what, "what")
     return write_image(out, read_through(image.data, image.grid, target.native.grid, forward), target.native)
 
-# %% ../nbs/15_registration.ipynb #fd229520
+# %% ../nbs/15_registration.ipynb #fbc3210e
 def read_through(
     data: Shaped[Tensor, "i j k"],  # values; integers are labels
     grid: Grid,

@@ -6,7 +6,7 @@
 __all__ = ['move_image', 'vertebra_table', 'touches_border', 'compare_labels', 'measure_field', 'Registration', 'summarise',
            'evaluate', 'make_view', 'save', 'environment']
 
-# %% ../nbs/14_results.ipynb #b289965e
+# %% ../nbs/14_results.ipynb #8c922f30
 import json
 import platform
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ from .transforms import FLIP, SpineTransform, itk_affine, write_itk, write_trans
 from .viz import Overview, Picture, draw_overview
 from .volumes import Labels, write_labels
 
-# %% ../nbs/14_results.ipynb #61f5c439
+# %% ../nbs/14_results.ipynb #d7fe652d
 def move_image(
     image: Float[Tensor, "i j k"],
     image_grid: Grid,
@@ -48,7 +48,7 @@ def move_image(
     inside = ((index >= -0.5) & (index <= size - 0.5)).all(-1)[0]
     return torch.where(inside, sample_index(image[None, None], index)[0, 0], image.min())
 
-# %% ../nbs/14_results.ipynb #83e84c18
+# %% ../nbs/14_results.ipynb #bcd8b6d8
 def vertebra_table(
     disp: Float[Tensor, "1 3 i j k"],  # deformation on the working grid, mm
     grid: Grid,  # working grid
@@ -69,7 +69,7 @@ def vertebra_table(
     relative.insert(0, "relative_to", table.index[1:])
     return pd.concat([poses, relative, table], axis=1).rename_axis("vertebra"), every
 
-# %% ../nbs/14_results.ipynb #4250f172
+# %% ../nbs/14_results.ipynb #a27df382
 def touches_border(
     labels: Int[Tensor, "i j k"],
     n: int,  # number of vertebrae
@@ -79,7 +79,7 @@ def touches_border(
     seen = torch.cat(faces).unique().tolist()
     return [k + 1 in seen for k in range(n)]
 
-# %% ../nbs/14_results.ipynb #dab8fc53
+# %% ../nbs/14_results.ipynb #b4b6fac6
 def compare_labels(
     moved: Int[Tensor, "i j k"],  # moved labels, numbered as `moving.names`
     fixed: Int[Tensor, "i j k"],  # fixed labels on the same grid, numbered as `fixed_names`
@@ -97,7 +97,7 @@ def compare_labels(
     rows, mean = label_agreement(one, other, grid.spacing_mm, common)
     return pd.DataFrame(rows).set_index("vertebra").drop(columns="missing"), mean._asdict() | left
 
-# %% ../nbs/14_results.ipynb #65d098b5
+# %% ../nbs/14_results.ipynb #37ac03df
 def measure_field(
     transform: SpineTransform,
     disp: Float[Tensor, "1 3 i j k"],  # deformation on the working grid
@@ -117,7 +117,7 @@ def measure_field(
         "forward_after_inverse": round_trip(transform.disp_inv, transform.disp, transform.grid, seen)._asdict(),
     }
 
-# %% ../nbs/14_results.ipynb #463836d0
+# %% ../nbs/14_results.ipynb #407dd051
 @dataclass(frozen=True, eq=False)
 class Registration:
     "A registered pair: the map, the moved image, and every figure about it."
@@ -144,7 +144,7 @@ class Registration:
         "Write every result file into a folder."
         return save(self, out_dir)
 
-# %% ../nbs/14_results.ipynb #75eebc65
+# %% ../nbs/14_results.ipynb #ccb274a4
 def summarise(
     vertebrae: pd.DataFrame,  # as in `Registration`
     metrics: dict,  # as in `Registration`
@@ -172,7 +172,7 @@ def summarise(
         words.append(f"Dice with the fixed labels: {start:.2f} at the start, {now:.2f} now.")
     return " ".join(words)
 
-# %% ../nbs/14_results.ipynb #7e21ed67
+# %% ../nbs/14_results.ipynb #3f0be065
 def evaluate(
     pair: Pair,
     start: RigidStart,
@@ -206,7 +206,7 @@ def evaluate(
     moved = move_image(pair.moving.data.to(transform.disp), pair.moving.grid, native, transform)
     return Registration(pair, start, transform, moved, moved_labels, vertebrae, metrics, history, view)
 
-# %% ../nbs/14_results.ipynb #58e3678d
+# %% ../nbs/14_results.ipynb #ff5a636e
 def make_view(
     scene: Scene,
     grid: Grid,  # working grid
@@ -250,7 +250,7 @@ def _landmarks(pair: Pair, transform: SpineTransform) -> list[dict]:
     start, prealigned, now = (landmark_errors(m.numpy(), y, pair.landmarks.vertebra) for m in maps)
     return [c._asdict() | {"start_mean_mm": a.mean_mm, "prealigned_mean_mm": b.mean_mm} for a, b, c in zip(start, prealigned, now)]
 
-# %% ../nbs/14_results.ipynb #819b7c6d
+# %% ../nbs/14_results.ipynb #34d32b27
 def save(
     result: Registration,
     out_dir: str | Path,  # made when missing
@@ -277,7 +277,7 @@ def save(
 def _write_json(content: dict, path: Path) -> None:
     path.write_text(json.dumps(content, indent=1))
 
-# %% ../nbs/14_results.ipynb #cbbcb0a4
+# %% ../nbs/14_results.ipynb #1b9d8b9f
 def environment(
     device: torch.device,
 ) -> dict:

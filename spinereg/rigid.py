@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['twist_matrix', 'RigidMotions', 'procrustes', 'rotation_angle_deg', 'motion_matrix']
 
-# %% ../nbs/04_rigid.ipynb #2104bb2f
+# %% ../nbs/04_rigid.ipynb #9e92c427
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# %% ../nbs/04_rigid.ipynb #442c3816
+# %% ../nbs/04_rigid.ipynb #bf9d5413
 def twist_matrix(
     twist: Float[Tensor, "*b 6"],  # rotation vector (radians), then velocity (mm)
 ) -> Float[Tensor, "*b 4 4"]:
@@ -22,7 +22,7 @@ def twist_matrix(
     rows = [o, -z, y, a, z, o, -x, b, -y, x, o, c, o, o, o, o]
     return torch.matrix_exp(torch.stack(rows, -1).unflatten(-1, (4, 4)))
 
-# %% ../nbs/04_rigid.ipynb #9009ca56
+# %% ../nbs/04_rigid.ipynb #b7fd98bf
 class RigidMotions(NamedTuple):
     "One rigid motion per bone: y = rotation x + translation."
 
@@ -54,7 +54,7 @@ def _sum_by(values: Float[Tensor, "p *f"], segment: Int[Tensor, " p"], n: int) -
     "Sum of the values of each segment."
     return values.new_zeros(n, *values.shape[1:]).index_add(0, segment, values)
 
-# %% ../nbs/04_rigid.ipynb #f053e469
+# %% ../nbs/04_rigid.ipynb #3d47682a
 def rotation_angle_deg(
     rotation: Float[Tensor, "*b 3 3"],
 ) -> Float[Tensor, " *b"]:  # degrees, 0 to 180
@@ -64,7 +64,7 @@ def rotation_angle_deg(
     cosine = (rotation.diagonal(dim1=-2, dim2=-1).sum(-1) - 1) / 2
     return torch.rad2deg(torch.atan2(sine, cosine))
 
-# %% ../nbs/04_rigid.ipynb #324fece1
+# %% ../nbs/04_rigid.ipynb #d27de85d
 def motion_matrix(
     motions: RigidMotions,
 ) -> Float[Tensor, "n 4 4"]:

@@ -356,3 +356,14 @@ def test_C2_full_precision_inside_autocast():
     for name, value in exact.items():
         assert inside[name].dtype == torch.float32
         assert torch.allclose(value, inside[name], rtol=1e-2), name
+
+
+def test_a_field_at_rest_has_no_rigid_field_gradient():
+    """The direction of a rounding error is no direction: an optimiser that starts at rest must not follow it."""
+    grid = Grid((12, 12, 12), np.diag([1.0, 1.0, 1.0, 1.0]) + np.array([[0, 0, 0, 311.7]] * 3 + [[0, 0, 0, 0]]))
+    labels = torch.zeros(1, 12, 12, 12, dtype=torch.long)
+    labels[:, 2:10, 3:9, 2:10] = 1
+    disp = torch.zeros(1, 3, 12, 12, 12, requires_grad=True)
+    bone = bone_voxels(labels, 1)
+    rigid_field(disp, grid, bone, rigid_motions(disp, grid, bone)).sum().backward()
+    assert disp.grad.abs().max() == 0
