@@ -12,7 +12,7 @@ OUT  = out/register
 ARGS =
 JOBS = 2
 
-given = $(if $(wildcard $(CASE)/$(2)),-p $(1) $(CASE)/$(2))
+given = -p $(1) $(if $(wildcard $(CASE)/$(2)),$(CASE)/$(2),None)
 
 .PHONY: help run test sync notebooks samples
 

@@ -7,7 +7,7 @@ __all__ = ['Problem', 'InputError', 'missing_file', 'file_bytes', 'open_nifti', 
            'header_affines', 'choose_affine', 'shear_deg', 'orthonormal_grid', 'covering_grid', 'resample',
            'NativeSpace', 'read_nifti', 'write_atomic', 'write_image']
 
-# %% ../nbs/02a_nifti.ipynb #bbf8a546
+# %% ../nbs/02a_nifti.ipynb #d50821e5
 import gzip
 import io
 import os
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .geometry import Grid, from_ras, index_map, sample_index, to_ras, transform_points
 
-# %% ../nbs/02a_nifti.ipynb #4baf4408
+# %% ../nbs/02a_nifti.ipynb #fabe32f8
 class Problem(NamedTuple):
     "Why a file cannot be used."
 
@@ -50,7 +50,7 @@ class InputError(ValueError):
             return str(self.problems[0])
         return f"{len(self.problems)} problems with the input:\n" + "\n".join(f"{n}. {problem}" for n, problem in enumerate(self.problems, 1))
 
-# %% ../nbs/02a_nifti.ipynb #4a77ccf4
+# %% ../nbs/02a_nifti.ipynb #20209c1b
 def missing_file(
     path: Path,
     name: str,  # which input
@@ -63,7 +63,7 @@ def missing_file(
     there = f"{folder} holds {len(found)} NIfTI files: {', '.join(found[:5])}" if found else f"{folder} holds no NIfTI file"
     return InputError(Problem(name, str(path), "no such file", f"Check the path; {there}."))
 
-# %% ../nbs/02a_nifti.ipynb #cdc27abf
+# %% ../nbs/02a_nifti.ipynb #6e0bb65f
 def file_bytes(
     path: Path,
     name: str,  # which input
@@ -83,7 +83,7 @@ def file_bytes(
     except (EOFError, OSError, zlib.error) as error:
         raise InputError(Problem(name, str(path), f"the compressed file is cut off or damaged ({error})", "Copy or download it again.")) from error
 
-# %% ../nbs/02a_nifti.ipynb #9ae7b6f4
+# %% ../nbs/02a_nifti.ipynb #8d1b7a79
 def open_nifti(
     path: Path,
     name: str,  # which input
@@ -101,7 +101,7 @@ def open_nifti(
     except (nib.spatialimages.HeaderDataError, nib.filebasedimages.ImageFileError, WrapStructError, OSError, ValueError) as error:
         raise InputError(Problem(name, str(path), f"it cannot be read as NIfTI ({error})", "Copy or export it again.")) from error
 
-# %% ../nbs/02a_nifti.ipynb #7ad5e823
+# %% ../nbs/02a_nifti.ipynb #a1018f18
 def notice(
     name: str,  # which input
     path: Path,
@@ -110,7 +110,7 @@ def notice(
     "Tell the user about something that was repaired or decided."
     print(f"{name} {path.name}: {text}")
 
-# %% ../nbs/02a_nifti.ipynb #8a3a554b
+# %% ../nbs/02a_nifti.ipynb #bfb96aae
 def scalar_volume(
     array: np.ndarray,  # voxels as stored
     path: Path,
@@ -131,7 +131,7 @@ def scalar_volume(
         raise InputError(Problem(name, str(path), f"shape {array.shape} is no volume", fix))
     return array
 
-# %% ../nbs/02a_nifti.ipynb #249dd7cf
+# %% ../nbs/02a_nifti.ipynb #5e00aa90
 def usable(
     affine: np.ndarray,  # (4, 4)
 ) -> bool:
@@ -141,7 +141,7 @@ def usable(
     spacing_mm = np.linalg.norm(affine[:3, :3], axis=0)
     return bool(spacing_mm.min() > 0.01 and spacing_mm.max() < 100 and abs(np.linalg.det(affine[:3, :3] / spacing_mm)) > 0.1)
 
-# %% ../nbs/02a_nifti.ipynb #821d81ce
+# %% ../nbs/02a_nifti.ipynb #ecd626c7
 def read_qform(
     header: nib.Nifti1Header,
     sizes: np.ndarray,  # (3,) voxel sizes exactly as the header has them
@@ -165,7 +165,7 @@ def header_affines(
         found["qform"] = read_qform(header, sizes)
     return found
 
-# %% ../nbs/02a_nifti.ipynb #6daf522b
+# %% ../nbs/02a_nifti.ipynb #ae53752b
 def choose_affine(
     affines: Mapping[str, np.ndarray],  # from `header_affines`
     shape: tuple[int, int, int],
@@ -190,7 +190,7 @@ def choose_affine(
             notice(name, path, f"sform and qform put a corner {apart_mm:.1f} mm apart; the sform is used")
     return affines[used].astype(np.float64)
 
-# %% ../nbs/02a_nifti.ipynb #340d5de2
+# %% ../nbs/02a_nifti.ipynb #743e3d3c
 def shear_deg(
     grid: Grid,
 ) -> float:  # largest deviation from 90 degrees between two axes
@@ -209,7 +209,7 @@ def orthonormal_grid(
     affine[:3, 3] = grid.centre_mm - affine[:3, :3] @ ((np.array(grid.shape) - 1) / 2)
     return Grid(grid.shape, affine)
 
-# %% ../nbs/02a_nifti.ipynb #b16e7613
+# %% ../nbs/02a_nifti.ipynb #ec3c72fe
 def covering_grid(
     grid: Grid,
 ) -> Grid:  # orthonormal, same spacing
@@ -233,7 +233,7 @@ def resample(
     index = transform_points(index_map(onto, grid), onto.voxels(data))
     return sample_index(data[None, None], index[None], mode, "zeros")[0, 0]
 
-# %% ../nbs/02a_nifti.ipynb #afe2a0f8
+# %% ../nbs/02a_nifti.ipynb #dff3fd9d
 @dataclass(frozen=True, eq=False)
 class NativeSpace:
     "The space of a file: how to write something back into it."
@@ -255,7 +255,7 @@ class NativeSpace:
     def qform_code(self) -> int:
         return int(self.header["qform_code"])
 
-# %% ../nbs/02a_nifti.ipynb #9c6e0684
+# %% ../nbs/02a_nifti.ipynb #8967a151
 def read_nifti(
     path: str | Path,
     name: str = "image",  # which input, for messages
@@ -273,7 +273,7 @@ def read_nifti(
         notice(name, path, f"its axes are sheared by {shear:.2f} degrees; the nearest orthogonal ones are used")
     return data, NativeSpace(path, image.header, affine, grid if shear > 0.5 else orthonormal_grid(grid))
 
-# %% ../nbs/02a_nifti.ipynb #0d15d683
+# %% ../nbs/02a_nifti.ipynb #7a952acb
 def write_atomic(
     path: str | Path,
     writer: Callable[[Path], object],  # writes a file at the path that it is given, which has the same ending
@@ -289,7 +289,7 @@ def write_atomic(
         partial.unlink(missing_ok=True)
     return path
 
-# %% ../nbs/02a_nifti.ipynb #eac4f516
+# %% ../nbs/02a_nifti.ipynb #02543c3d
 def write_image(
     path: str | Path,
     data: Float[Tensor, "i j k *vector"] | Int[Tensor, "i j k"],  # RAS-ordered, on the native grid; three values per voxel for a vector
@@ -311,6 +311,8 @@ def write_image(
     header["cal_min"], header["cal_max"] = 0, 0
     header.set_intent(intent or "none")
     header["pixdim"][4:] = 1
+    if header["sform_code"] > 0 and not usable(header.get_sform()):
+        header.set_sform(native.affine, int(header["sform_code"]))
     kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
     image = kind(array[:, :, :, None, :] if array.ndim == 4 else array, None, header)
     return write_atomic(path, image.to_filename)

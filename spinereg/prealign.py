@@ -7,7 +7,7 @@ __all__ = ['CAPTURE_MM', 'CAPTURE_DEG', 'overlap', 'align_centres', 'fit_centroi
            'motion_about', 'score_motions', 'search', 'align_labels', 'centroid_mm', 'read_rigid', 'RigidStart',
            'rigid_start']
 
-# %% ../nbs/12_prealign.ipynb #2d2f254e
+# %% ../nbs/12_prealign.ipynb #33533fc4
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +27,7 @@ from .rigid import twist_matrix
 from .transforms import FLIP
 from .volumes import Labels, box_text, normalise
 
-# %% ../nbs/12_prealign.ipynb #c0ceb075
+# %% ../nbs/12_prealign.ipynb #6d6dc4d6
 def overlap(
     fixed_grid: Grid,
     moving_grid: Grid,
@@ -42,7 +42,7 @@ def overlap(
     at = transform_points(index_map(small, large, way), index)
     return float(((at >= -0.5) & (at <= torch.tensor(large.shape) - 0.5)).all(-1).double().mean())
 
-# %% ../nbs/12_prealign.ipynb #035de0c6
+# %% ../nbs/12_prealign.ipynb #59d6df6f
 def align_centres(
     fixed_grid: Grid,
     moving_grid: Grid,
@@ -52,7 +52,7 @@ def align_centres(
     matrix[:3, 3] = moving_grid.centre_mm - fixed_grid.centre_mm
     return matrix
 
-# %% ../nbs/12_prealign.ipynb #cae25356
+# %% ../nbs/12_prealign.ipynb #337e21ca
 def fit_centroids(
     fixed_mm: Float[np.ndarray, "p 3"],
     moving_mm: Float[np.ndarray, "p 3"],
@@ -66,7 +66,7 @@ def fit_centroids(
     matrix[:3, 3] = mean_y - matrix[:3, :3] @ mean_x
     return matrix
 
-# %% ../nbs/12_prealign.ipynb #b3fab186
+# %% ../nbs/12_prealign.ipynb #01e3f496
 def nmi(
     one: Float[Tensor, " p"],  # 0 to 1
     other: Float[Tensor, "b p"],  # 0 to 1
@@ -84,7 +84,7 @@ def nmi(
     entropy_a, entropy_b, entropy_ab = (-(q * (q + 1e-12).log()).flatten(1).sum(1) for q in (p.sum(2), p.sum(1), p))
     return (entropy_a + entropy_b) / entropy_ab.clamp_min(1e-6)
 
-# %% ../nbs/12_prealign.ipynb #aa6b7486
+# %% ../nbs/12_prealign.ipynb #ffc04ba8
 class SearchPoints(NamedTuple):
     "Places of the moving image that are compared."
 
@@ -111,7 +111,7 @@ def search_points(
     points = transform_points(grid.affine, index.to(moving))
     return SearchPoints(points, image[0, 0][tuple(index.T)], points.mean(0))
 
-# %% ../nbs/12_prealign.ipynb #4b3fee77
+# %% ../nbs/12_prealign.ipynb #4f289cc2
 def motion_about(
     twist: Float[Tensor, "b 6"],  # rotation vector (radians), velocity (mm)
     centre_mm: Float[Tensor, "3"],
@@ -136,7 +136,7 @@ def score_motions(
     read = sample_index(fixed, index.reshape(1, -1, 3))[0, 0].view(len(twist), -1)
     return nmi(at.values, read, inside) - 0.3 * (inside.mean(1) < 0.3)
 
-# %% ../nbs/12_prealign.ipynb #33d9564d
+# %% ../nbs/12_prealign.ipynb #63f1ea1a
 CAPTURE_MM, CAPTURE_DEG = 25.0, 12.0  # the search looks this far to each side of its start
 
 
@@ -169,6 +169,7 @@ def search(
         with torch.no_grad():
             score = torch.cat([score_motions(part, some, image, grid, start) for part in twist.split(100)])
         twist = _climb(twist[score.topk(keep).indices], unit, rate, steps, some, image, grid, start)
+    twist = torch.cat([twist, torch.zeros_like(twist[:1])])  # the start itself, should nothing be better
     with torch.no_grad():
         best = twist[score_motions(twist, at, image, grid, start).argmax()]
     found = np.linalg.inv(motion_about(best[None], at.centre_mm)[0].double().cpu().numpy()) @ start
@@ -187,7 +188,7 @@ def _climb(twist: Tensor, unit: Tensor, rate: float, steps: int, *scene) -> Tens
         schedule.step()
     return (free * unit).detach()
 
-# %% ../nbs/12_prealign.ipynb #4f211f12
+# %% ../nbs/12_prealign.ipynb #0b2b04b4
 def align_labels(
     fixed: Labels,
     moving: Labels,
@@ -209,7 +210,7 @@ def centroid_mm(mask: Bool[Tensor, "i j k"], grid: Grid) -> np.ndarray:  # (3,) 
     "World position of the middle of a mask."
     return transform_points(grid.affine, mask.nonzero().double().mean(0)).numpy()
 
-# %% ../nbs/12_prealign.ipynb #7966c7d9
+# %% ../nbs/12_prealign.ipynb #0796c7f5
 def read_rigid(
     path: str | Path,  # ITK transform, fixed -> moving points
 ) -> np.ndarray:  # (4, 4) RAS mm
@@ -217,7 +218,10 @@ def read_rigid(
     fix = "Give a rigid ITK transform (fixed -> moving points) such as Slicer's .tfm or .h5."
     if not Path(path).is_file():
         raise InputError(Problem("prealign", str(path), "no such file, and not one of header, centres, labels, search, auto", fix))
-    transform = sitk.ReadTransform(str(path))
+    try:
+        transform = sitk.ReadTransform(str(path))
+    except RuntimeError as error:
+        raise InputError(Problem("prealign", str(path), "is no transform that ITK can read", fix)) from error
     if not transform.IsLinear():
         raise InputError(Problem("prealign", str(path), f"holds a {transform.GetName()}, which is not linear", fix))
     origin = np.array(transform.TransformPoint((0.0, 0.0, 0.0)))
@@ -228,7 +232,7 @@ def read_rigid(
         raise InputError(Problem("prealign", str(path), "scales, shears or mirrors", fix))
     return FLIP @ lps @ FLIP
 
-# %% ../nbs/12_prealign.ipynb #c82847db
+# %% ../nbs/12_prealign.ipynb #fd194750
 class RigidStart(NamedTuple):
     "The rigid start of a registration."
 
@@ -271,6 +275,7 @@ def _need_overlap(pair: Pair, matrix: np.ndarray) -> None:
     "Stop when the two boxes hardly meet."
     share = overlap(pair.fixed.grid, pair.moving.grid, matrix)
     if share < 0.05:
-        boxes = f"fixed {box_text(pair.fixed.grid)}; moving {box_text(pair.moving.grid)}"
+        there = Grid(pair.moving.grid.shape, np.linalg.inv(matrix) @ pair.moving.grid.affine)
+        boxes = f"fixed {box_text(pair.fixed.grid)}; moving {box_text(there)} in the fixed world"
         fix = "Use prealign='centres', 'labels' or a transform file, or check the headers."
         raise InputError(Problem("pair", f"{pair.fixed.native.path}, {pair.moving.native.path}", f"the images overlap by {share:.0%} ({boxes})", fix))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['choose_device', 'check_settings', 'register', 'make_scene', 'Clock', 'describe', 'apply', 'read_through']
 
-# %% ../nbs/15_registration.ipynb #a6166879
+# %% ../nbs/15_registration.ipynb #81bd1d90
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from .fields import vote
+from .fields import inside, vote
 from .geometry import Grid, crop_grid, sample_index, transform_points
 from .nifti import InputError, Problem, read_nifti, write_atomic, write_image
 from .optimise import SIMILARITIES, Scene, finish, optimise, working_grid
@@ -28,7 +28,7 @@ from .results import Registration, environment, evaluate
 from .transforms import read_transform
 from .volumes import normalise, read_image, whole_numbers
 
-# %% ../nbs/15_registration.ipynb #db9f65d2
+# %% ../nbs/15_registration.ipynb #438211ab
 def choose_device(
     device: str = "auto",  # "auto", "cpu", "cuda", "cuda:1"
 ) -> torch.device:
@@ -41,28 +41,27 @@ def choose_device(
 
 
 def check_settings(
-    method: str,
-    similarity: str,
-    spacing_mm: float,
-    levels: list | tuple,
-    steps: list | tuple,
-    positive: Mapping[str, float],  # name -> a number that must not be negative
+    given: Mapping,  # arguments of `register` by name
 ) -> None:
     "Refuse settings that make no sense; one error names them all."
-    wrong = []
-    if method != "optimise":
-        wrong.append(f"method={method!r}: expected 'optimise'")
-    if similarity not in SIMILARITIES:
-        wrong.append(f"similarity={similarity!r}: expected one of {', '.join(SIMILARITIES)}")
-    if not 0.2 <= spacing_mm <= 5:
-        wrong.append(f"spacing_mm={spacing_mm}: expected 0.2 to 5")
-    if not levels or len(levels) != len(steps) or min(*levels, *steps) < 1:
-        wrong.append(f"levels={levels}, steps={steps}: expected one number of steps for each level, all at least 1")
-    wrong += [f"{name}={value}: expected 0 or more" for name, value in positive.items() if not value >= 0]
+    choices = {"method": ("optimise",), "similarity": tuple(SIMILARITIES)}
+    choices |= dict.fromkeys(("moving_modality", "fixed_modality"), ("auto", "ct", "mr"))
+    wrong = [f"{name}={given[name]!r}: expected one of {', '.join(known)}" for name, known in choices.items() if given[name] not in known]
+    ways, levels, steps = ("header", "centres", "labels", "search", "auto"), given["levels"], given["steps"]
+    if given["prealign"] not in ways and not Path(given["prealign"]).is_file():
+        wrong.append(f"prealign={given['prealign']!r}: expected one of {', '.join(ways)}, or an existing transform file")
+    if given["prealign"] == "labels" and None in (given["fixed_labels"], given["moving_labels"]):
+        wrong.append("prealign='labels': expected fixed_labels and moving_labels")
+    if not 0.2 <= given["spacing_mm"] <= 5:
+        wrong.append(f"spacing_mm={given['spacing_mm']}: expected 0.2 to 5")
+    if not levels or len(levels) != len(steps) or min(*levels, *steps) < 1 or any(int(count) != count for count in steps):
+        wrong.append(f"levels={levels}, steps={steps}: expected one whole number of steps for each level, all at least 1")
+    numbers = ["step_mm", *(name for name in given if name.startswith("weight_"))]
+    wrong += [f"{name}={given[name]}: expected 0 or more" for name in numbers if not given[name] >= 0]
     if wrong:
         raise ValueError("register: " + "; ".join(wrong))
 
-# %% ../nbs/15_registration.ipynb #81da55bd
+# %% ../nbs/15_registration.ipynb #25996842
 def register(
     fixed: str | Path,  # the image that stays, usually MR (NIfTI)
     moving: str | Path,  # the image that is moved, usually CT (NIfTI)
@@ -91,9 +90,10 @@ def register(
 ) -> Registration:
     "Register a moving to a fixed image: soft tissue deforms, every labelled vertebra stays rigid."
     parameters = {name: value for name, value in locals().items() if name != "on_step"}
-    numbers = {name: value for name, value in parameters.items() if name.startswith("weight_")} | {"step_mm": step_mm}
-    check_settings(method, similarity, spacing_mm, levels, steps, numbers)
+    check_settings(parameters)
     where, clock = choose_device(device), Clock()
+    if out_dir is not None:
+        Path(out_dir).mkdir(parents=True, exist_ok=True)
     pair = read_pair(fixed, moving, moving_labels, fixed_labels, landmarks, moving_modality, fixed_modality, moving_scheme, fixed_scheme)
     clock.lap("read")
     start = rigid_start(pair, prealign, seed)
@@ -102,8 +102,8 @@ def register(
     grid = working_grid(scene, spacing_mm)
     clock.lap("prealign")
     print(f"working grid: {grid}, on {where.type}" + ("" if scene.labels else "; rigidity off: no labels"))
-    scales = tuple(float(level) for level in levels)
-    found = optimise(scene, grid, similarity, scales, tuple(steps), step_mm, weight_diffusion, weight_oc, weight_pc, weight_rf, on_step)
+    pyramid = tuple(map(float, levels)), tuple(map(int, steps))
+    found = optimise(scene, grid, similarity, *pyramid, step_mm, weight_diffusion, weight_oc, weight_pc, weight_rf, on_step)
     transform = finish(found.velocity, found.grid, start.matrix)
     clock.lap("optimise")
     result = evaluate(pair, start, transform, scene, grid, found.history)
@@ -113,7 +113,7 @@ def register(
         print(f"written to {result.save(out_dir)}")
     return result
 
-# %% ../nbs/15_registration.ipynb #4c0c19d9
+# %% ../nbs/15_registration.ipynb #7e3c2796
 def make_scene(
     pair: Pair,
     rigid: np.ndarray,  # (4, 4) pre-alignment
@@ -149,7 +149,7 @@ def describe(
     prealign = {"how": start.how, "matrix": start.matrix.tolist(), "overlap_before": start.overlap_before, "overlap_after": start.overlap_after}
     return {"summary": result.summary(), "prealign": prealign, "parameters": plain, "seconds": dict(seconds), "environment": environment(device)}
 
-# %% ../nbs/15_registration.ipynb #7b89a508
+# %% ../nbs/15_registration.ipynb #e73047e1
 def apply(
     transform: str | Path,  # transform.h5 or the folder with it, from `register`
     what: str | Path,  # image or label map (NIfTI), or points: a CSV with columns x_mm, y_mm, z_mm (RAS)
@@ -176,7 +176,7 @@ def apply(
     image = read_image(what, "what")
     return write_image(out, read_through(image.data, image.grid, target.native.grid, forward), target.native)
 
-# %% ../nbs/15_registration.ipynb #fbc3210e
+# %% ../nbs/15_registration.ipynb #452a4a19
 def read_through(
     data: Shaped[Tensor, "i j k"],  # values; integers are labels
     grid: Grid,
@@ -184,13 +184,12 @@ def read_through(
     where: Callable[[Tensor], Tensor],  # world points of `onto` -> world points of `data`
 ) -> Shaped[Tensor, "x y z"]:  # the smallest value outside
     "Read an image (linear) or labels (by vote) through a map of the world, slab by slab."
-    to_index, size, rows = np.linalg.inv(grid.affine), torch.tensor(grid.shape), []
+    to_index, rows = np.linalg.inv(grid.affine), []
     for i in range(onto.shape[0]):
         slab = crop_grid(onto, [i, 0, 0], [i + 1, *onto.shape[1:]]).points_mm(torch.zeros(1, dtype=torch.float64))
         index = transform_points(to_index, where(slab)).float().reshape(-1, 3)
-        inside = ((index >= -0.5) & (index <= size - 0.5)).all(-1)
         if data.is_floating_point():
-            rows.append(torch.where(inside, sample_index(data[None, None], index[None])[0, 0], data.min()))
+            rows.append(torch.where(inside(index, grid), sample_index(data[None, None], index[None])[0, 0], data.min()))
         else:
             rows.append(vote(data, index)[0])
     return torch.stack(rows).view(onto.shape)

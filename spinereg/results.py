@@ -6,7 +6,7 @@
 __all__ = ['move_image', 'vertebra_table', 'touches_border', 'compare_labels', 'measure_field', 'Registration', 'summarise',
            'evaluate', 'make_view', 'save', 'environment']
 
-# %% ../nbs/14_results.ipynb #8c922f30
+# %% ../nbs/14_results.ipynb #5e830d6b
 import json
 import platform
 from dataclasses import dataclass
@@ -22,12 +22,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 import spinereg
-from .fields import jacobian, read_index, warp, warp_labels
+from .fields import inside, jacobian, read_index, warp, warp_labels
 from .geometry import Grid, sample_index, transform_points
 from .metrics import diffeomorphism, label_agreement, landmark_errors, regularity, round_trip
 from .motion import bone_contacts, label_centres_mm, neighbour_motions, pose, vertebra_rigidity, world_motions
 from .nifti import write_atomic, write_image
-from .optimise import Scene
+from .optimise import Scene, overlap_mask
 from .pairs import Pair
 from .penalties import determinant
 from .prealign import RigidStart
@@ -35,7 +35,7 @@ from .transforms import FLIP, SpineTransform, itk_affine, write_itk, write_trans
 from .viz import Overview, Picture, draw_overview
 from .volumes import Labels, write_labels
 
-# %% ../nbs/14_results.ipynb #d7fe652d
+# %% ../nbs/14_results.ipynb #d7f9709d
 def move_image(
     image: Float[Tensor, "i j k"],
     image_grid: Grid,
@@ -44,11 +44,9 @@ def move_image(
 ) -> Float[Tensor, "x y z"]:
     "Read a moving image through a transform; its smallest value outside."
     index = read_index(image_grid, onto, transform.deformation(onto), transform.rigid)
-    size = torch.tensor(image_grid.shape, device=index.device)
-    inside = ((index >= -0.5) & (index <= size - 0.5)).all(-1)[0]
-    return torch.where(inside, sample_index(image[None, None], index)[0, 0], image.min())
+    return torch.where(inside(index, image_grid)[0], sample_index(image[None, None], index)[0, 0], image.min())
 
-# %% ../nbs/14_results.ipynb #bcd8b6d8
+# %% ../nbs/14_results.ipynb #02ccb3e2
 def vertebra_table(
     disp: Float[Tensor, "1 3 i j k"],  # deformation on the working grid, mm
     grid: Grid,  # working grid
@@ -69,7 +67,7 @@ def vertebra_table(
     relative.insert(0, "relative_to", table.index[1:])
     return pd.concat([poses, relative, table], axis=1).rename_axis("vertebra"), every
 
-# %% ../nbs/14_results.ipynb #a27df382
+# %% ../nbs/14_results.ipynb #89de8f7d
 def touches_border(
     labels: Int[Tensor, "i j k"],
     n: int,  # number of vertebrae
@@ -79,7 +77,7 @@ def touches_border(
     seen = torch.cat(faces).unique().tolist()
     return [k + 1 in seen for k in range(n)]
 
-# %% ../nbs/14_results.ipynb #b4b6fac6
+# %% ../nbs/14_results.ipynb #6d58a25e
 def compare_labels(
     moved: Int[Tensor, "i j k"],  # moved labels, numbered as `moving.names`
     fixed: Int[Tensor, "i j k"],  # fixed labels on the same grid, numbered as `fixed_names`
@@ -95,9 +93,11 @@ def compare_labels(
     if not common:
         return pd.DataFrame(), left
     rows, mean = label_agreement(one, other, grid.spacing_mm, common)
+    if not rows:
+        return pd.DataFrame(), left
     return pd.DataFrame(rows).set_index("vertebra").drop(columns="missing"), mean._asdict() | left
 
-# %% ../nbs/14_results.ipynb #37ac03df
+# %% ../nbs/14_results.ipynb #617c6897
 def measure_field(
     transform: SpineTransform,
     disp: Float[Tensor, "1 3 i j k"],  # deformation on the working grid
@@ -105,19 +105,19 @@ def measure_field(
     mask: Float[Tensor, "1 1 i j k"],  # 1 where both images have data
 ) -> dict:
     "Folding, spread of det J, non-diffeomorphic volume, inverse consistency, size of the displacement."
-    inside = mask[:, 0] > 0.5
+    both = mask[:, 0] > 0.5
     seen = warp(mask, grid, transform.grid, mode="nearest", outside="zeros")[:, 0] > 0.5
-    length = disp.norm(dim=1)[inside]
+    length = disp.norm(dim=1)[both]
     return {
         "deformation_mean_mm": float(length.mean()),
         "deformation_max_mm": float(length.max()),
-        **regularity(determinant(jacobian(disp, grid)), inside)._asdict(),
-        "ndv": diffeomorphism(disp, grid, inside)._asdict(),
+        **regularity(determinant(jacobian(disp, grid)), both)._asdict(),
+        "ndv": diffeomorphism(disp, grid, both)._asdict(),
         "inverse_after_forward": round_trip(transform.disp, transform.disp_inv, transform.grid, seen)._asdict(),
         "forward_after_inverse": round_trip(transform.disp_inv, transform.disp, transform.grid, seen)._asdict(),
     }
 
-# %% ../nbs/14_results.ipynb #407dd051
+# %% ../nbs/14_results.ipynb #3c00f469
 @dataclass(frozen=True, eq=False)
 class Registration:
     "A registered pair: the map, the moved image, and every figure about it."
@@ -132,6 +132,18 @@ class Registration:
     history: pd.DataFrame  # a row per step of the optimiser
     view: Overview  # for the pictures
 
+    def table(self) -> pd.DataFrame:
+        "The columns of `vertebrae` most people ask for."
+        wanted = ["distance_mm", "angle_deg", "relative_to", "relative_angle_deg", "residual_rms_mm", "volume_change_percent", "dice", "cut"]
+        return self.vertebrae[[name for name in wanted if name in self.vertebrae]].round(2)
+
+    def figures(self) -> pd.Series:
+        "The figures of the field most people ask for."
+        field, wanted = self.metrics["field"], ["deformation_mean_mm", "deformation_max_mm", "folding_percent", "det_min", "sdlogj"]
+        rows = {name: field[name] for name in wanted} | {"inverse_error_mean_mm": field["inverse_after_forward"]["mean_mm"]}
+        rows |= {f"landmarks_{g['group'].replace(' ', '_')}_mean_mm": g["mean_mm"] for g in self.metrics["landmarks"][:3]}
+        return pd.Series(rows | {f"seconds_{stage}": s for stage, s in self.metrics["seconds"].items()}, name="value").round(3)
+
     def summary(self) -> str:
         "In plain words: how far the vertebrae moved and how well it went."
         return summarise(self.vertebrae, self.metrics)
@@ -144,7 +156,7 @@ class Registration:
         "Write every result file into a folder."
         return save(self, out_dir)
 
-# %% ../nbs/14_results.ipynb #ccb274a4
+# %% ../nbs/14_results.ipynb #4d3b2642
 def summarise(
     vertebrae: pd.DataFrame,  # as in `Registration`
     metrics: dict,  # as in `Registration`
@@ -161,8 +173,10 @@ def summarise(
         rms, change = vertebrae.residual_rms_mm.max(), vertebrae.volume_change_percent.max()
         words.append(f"Every vertebra is rigid to {rms:.2f} mm (worst RMS), its volume kept to {change:.1f} %.")
     else:
-        words.append("Rigidity is off: no labels.")
-    words.append("The map does not fold." if field["n_folded"] == 0 else f"The map FOLDS in {field['folding_percent']:.3f} % of the volume.")
+        words.append("Rigidity is off: no labels in view.")
+    folds = field["n_folded"] + field["ndv"]["n_failing"]
+    counts = f"{field['n_folded']} voxels by central, {field['ndv']['n_failing']} by one-sided differences"
+    words.append("The map does not fold." if folds == 0 else f"The map FOLDS: {counts}.")
     for group in metrics["landmarks"]:
         if group["group"] in ("bone", "soft tissue"):
             start, now, p95 = (group[name] for name in ("start_mean_mm", "mean_mm", "p95_mm"))
@@ -172,7 +186,7 @@ def summarise(
         words.append(f"Dice with the fixed labels: {start:.2f} at the start, {now:.2f} now.")
     return " ".join(words)
 
-# %% ../nbs/14_results.ipynb #3f0be065
+# %% ../nbs/14_results.ipynb #c90ed8cd
 def evaluate(
     pair: Pair,
     start: RigidStart,
@@ -184,9 +198,7 @@ def evaluate(
     "Move the image and the labels, measure, and gather all of it."
     native = pair.fixed.native.grid
     view, disp, share = make_view(scene, grid, transform)
-    valid = warp(torch.ones_like(scene.fixed), scene.fixed_grid, grid, outside="zeros")
-    valid = valid * warp(torch.ones_like(scene.moving), scene.moving_grid, grid, world=scene.rigid, outside="zeros")
-    metrics = {"field": measure_field(transform, disp, grid, (valid > 0.99).float())}
+    metrics = {"field": measure_field(transform, disp, grid, overlap_mask(scene, grid))}
     metrics |= {"landmarks": [], "labels": {}, "contacts": [], "motions": {}}
     vertebrae, moved_labels = pd.DataFrame(), None
     if scene.labels is not None:
@@ -197,7 +209,9 @@ def evaluate(
         vertebrae["cut"] = [bool(cut[scene.labels.names.index(name)]) for name in vertebrae.index]
         vertebrae.insert(0, "label", [scene.labels.values[scene.labels.names.index(name)] for name in vertebrae.index])
         metrics["motions"] = {name: matrices[scene.labels.names.index(name)].tolist() for name in vertebrae.index}
-        metrics["contacts"] = [c._asdict() for c in bone_contacts(scene.labels.data, scene.labels.grid, matrices, scene.labels.names)]
+        in_view = torch.tensor([0] + [k + 1 if name in vertebrae.index else 0 for k, name in enumerate(scene.labels.names)])
+        seen = in_view.to(scene.labels.data.device)[scene.labels.data.long()]
+        metrics["contacts"] = [c._asdict() for c in bone_contacts(seen, scene.labels.grid, matrices, scene.labels.names)]
     if pair.fixed_labels is not None and scene.labels is not None:
         rows, metrics["labels"] = _agreement(pair.fixed_labels, scene, grid, transform, view)
         vertebrae = vertebrae.join(rows)
@@ -206,7 +220,7 @@ def evaluate(
     moved = move_image(pair.moving.data.to(transform.disp), pair.moving.grid, native, transform)
     return Registration(pair, start, transform, moved, moved_labels, vertebrae, metrics, history, view)
 
-# %% ../nbs/14_results.ipynb #ff5a636e
+# %% ../nbs/14_results.ipynb #7d9e10c0
 def make_view(
     scene: Scene,
     grid: Grid,  # working grid
@@ -238,9 +252,9 @@ def _agreement(fixed: Labels, scene: Scene, grid: Grid, transform: SpineTransfor
     fine, fine_mean = compare_labels(view.labels, fixed_here, grid, names, own)
     if "dice" not in mean:
         return rows, mean
-    extra = {"start_dice": start["dice"], "prealigned_dice": prealigned["dice"]}
-    extra["working_grid"] = {name: fine_mean[name] for name in ("dice", "hd95_mm", "assd_mm")}
-    return rows.join(fine.add_suffix("_working_grid")), mean | extra
+    extra = {"start_dice": start.get("dice", 0.0), "prealigned_dice": prealigned.get("dice", 0.0)}
+    extra["working_grid"] = {name: fine_mean.get(name) for name in ("dice", "hd95_mm", "assd_mm")}
+    return rows.join(fine.add_suffix("_working_grid")) if len(fine) else rows, mean | extra
 
 
 def _landmarks(pair: Pair, transform: SpineTransform) -> list[dict]:
@@ -250,7 +264,7 @@ def _landmarks(pair: Pair, transform: SpineTransform) -> list[dict]:
     start, prealigned, now = (landmark_errors(m.numpy(), y, pair.landmarks.vertebra) for m in maps)
     return [c._asdict() | {"start_mean_mm": a.mean_mm, "prealigned_mean_mm": b.mean_mm} for a, b, c in zip(start, prealigned, now)]
 
-# %% ../nbs/14_results.ipynb #34d32b27
+# %% ../nbs/14_results.ipynb #93b3dace
 def save(
     result: Registration,
     out_dir: str | Path,  # made when missing
@@ -264,6 +278,8 @@ def save(
     total = torch.einsum("ab,nbijk->ijka", to_lps, result.transform.displacement(native.grid))
     write_image(folder / "disp.nii.gz", total, native, intent="vector")
     write_image(folder / "moved.nii.gz", result.moved, native)
+    for old in [folder / "moved_labels.nii.gz", *(folder / "vertebrae").glob("*.tfm")]:
+        old.unlink(missing_ok=True)
     if result.moved_labels is not None:
         write_labels(folder / "moved_labels.nii.gz", result.moved_labels, result.pair.moving_labels.values, native)
     for name, motion in result.metrics["motions"].items():
@@ -277,7 +293,7 @@ def save(
 def _write_json(content: dict, path: Path) -> None:
     path.write_text(json.dumps(content, indent=1))
 
-# %% ../nbs/14_results.ipynb #1b9d8b9f
+# %% ../nbs/14_results.ipynb #de154a5f
 def environment(
     device: torch.device,
 ) -> dict:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FLIP', 'SpineTransform', 'itk_affine', 'itk_image', 'itk_field', 'write_itk', 'write_transform', 'read_transform']
 
-# %% ../nbs/10_transforms.ipynb #28c47c1a
+# %% ../nbs/10_transforms.ipynb #d77a166b
 import os
 import tempfile
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from torch import Tensor
 from .fields import invert, warp
 from .geometry import Grid, sample_index, transform_points
 
-# %% ../nbs/10_transforms.ipynb #56e052e9
+# %% ../nbs/10_transforms.ipynb #17df8c7f
 @dataclass(frozen=True, eq=False)
 class SpineTransform:
     "Map from the fixed to the moving world: x -> rigid(x + disp(x)), RAS mm; the displacement is zero outside its grid."
@@ -50,7 +50,7 @@ class SpineTransform:
         u = sample_index(disp.to(index), index[None], outside="zeros")[0].T
         return (points_mm.double() + (u @ torch.as_tensor(self.grid.axes.T).to(u)).reshape(points_mm.shape)).to(points_mm)
 
-# %% ../nbs/10_transforms.ipynb #e373a817
+# %% ../nbs/10_transforms.ipynb #5c1e04bb
 FLIP = np.diag([-1.0, -1.0, 1.0, 1.0])  # RAS <-> LPS
 
 
@@ -64,7 +64,7 @@ def itk_affine(
     transform.SetTranslation(lps[:3, 3].tolist())
     return transform
 
-# %% ../nbs/10_transforms.ipynb #8308149a
+# %% ../nbs/10_transforms.ipynb #91c0b692
 def itk_image(
     data: np.ndarray,  # (i, j, k), or (i, j, k, 3) world vectors in LPS mm
     grid: Grid,
@@ -76,7 +76,7 @@ def itk_image(
     image.SetOrigin((FLIP[:3, :3] @ grid.affine[:3, 3]).tolist())
     return image
 
-# %% ../nbs/10_transforms.ipynb #e19210d4
+# %% ../nbs/10_transforms.ipynb #5429210d
 def itk_field(
     disp: Float[Tensor, "1 3 i j k"],  # mm, along the axes of `grid`
     grid: Grid,
@@ -85,7 +85,7 @@ def itk_field(
     vectors = np.einsum("ab,bijk->ijka", FLIP[:3, :3] @ grid.axes, disp[0].detach().cpu().double().numpy())
     return sitk.DisplacementFieldTransform(itk_image(vectors, grid))
 
-# %% ../nbs/10_transforms.ipynb #75ac43e3
+# %% ../nbs/10_transforms.ipynb #4b601fa1
 def write_itk(
     path: str | Path,  # .h5 or .tfm
     transform: sitk.Transform,
@@ -98,7 +98,7 @@ def write_itk(
         os.replace(part, path)
     return path
 
-# %% ../nbs/10_transforms.ipynb #f767f447
+# %% ../nbs/10_transforms.ipynb #1db4a27d
 def write_transform(
     folder: str | Path,  # existing
     transform: SpineTransform,
@@ -109,7 +109,7 @@ def write_transform(
     folder = Path(folder)
     return write_itk(folder / "transform.h5", forward), write_itk(folder / "inverse.h5", backward)
 
-# %% ../nbs/10_transforms.ipynb #d90a5270
+# %% ../nbs/10_transforms.ipynb #f95f9005
 def read_transform(
     path: str | Path,  # transform.h5, or the folder that holds it
 ) -> SpineTransform:
@@ -119,8 +119,11 @@ def read_transform(
         raise FileNotFoundError(f"{path}: no such transform file; expected a transform.h5 written by spinereg, or its folder")
     grid, disp, rigid = _read_composite(path, field_first=True)
     beside = path.with_name("inverse.h5")
-    disp_inv = _read_composite(beside, field_first=False)[1] if path.name == "transform.h5" and beside.is_file() else invert(disp, grid)
-    return SpineTransform(grid, disp, disp_inv, rigid)
+    if path.name == "transform.h5" and beside.is_file():
+        inverse_grid, disp_inv, back = _read_composite(beside, field_first=False)
+        if inverse_grid.same_as(grid) and np.allclose(back @ rigid, np.eye(4), atol=1e-4):
+            return SpineTransform(grid, disp, disp_inv, rigid)
+    return SpineTransform(grid, disp, invert(disp, grid), rigid)
 
 
 def _read_composite(path: Path, field_first: bool) -> tuple[Grid, Tensor, np.ndarray]:

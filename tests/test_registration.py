@@ -1,6 +1,8 @@
 "Register and apply from files to files: outputs, headers, reproducibility, orientations, arguments. Few steps on coarse grids."
 
 import json
+import shutil
+import subprocess
 from pathlib import Path
 
 import nibabel as nib
@@ -14,9 +16,9 @@ from scipy.spatial.transform import Rotation
 
 import spinereg
 from spinereg.apps import given_parameters
-from spinereg.geometry import transform_points
+from spinereg.geometry import Grid, transform_points
 from spinereg.nifti import InputError
-from spinereg.optimise import make_level, working_grid
+from spinereg.optimise import Scene, make_level, working_grid
 from spinereg.pairs import read_pair
 from spinereg.prealign import rigid_start
 from spinereg.registration import apply, make_scene, register
@@ -233,7 +235,8 @@ def test_apply_refuses_what_it_cannot_do(done, tmp_path):
 
 @pytest.mark.parametrize(
     ("argument", "value"),
-    [("method", "magic"), ("similarity", "nmi"), ("spacing_mm", 0.0), ("steps", (3,)), ("levels", ()), ("weight_oc", -1.0), ("device", "cuda:9")],
+    [("method", "magic"), ("similarity", "nmi"), ("spacing_mm", 0.0), ("steps", (3,)), ("levels", ()), ("weight_oc", -1.0), ("device", "cuda:9")]
+    + [("prealign", "serach"), ("prealign", "labels"), ("fixed_modality", "MR"), ("steps", (60, 60, 2.5))],
 )
 def test_D6_a_wrong_value_fails_before_any_file_is_opened(argument, value):
     """D6: the files do not even exist."""
@@ -247,7 +250,9 @@ def test_D6_the_app_knows_its_parameters():
     """D6: a misspelt name or a value of another kind fails before anything runs."""
     good = {"fixed": "a", "moving": "b", "spacing_mm": 2, "steps": [3, 2, 1]}
     assert given_parameters(good | {"__name__": "x", "In": []}, spinereg.register) == good
-    for wrong in ({"spacingmm": 2}, {"spacing_mm": "2"}, {"seed": True}, {"steps": 3}):
+    assert given_parameters(good | {"result": 1, "parameters": good}, spinereg.register) == good  # the cell can be run again
+    assert given_parameters(good | {"moving_scheme": {1: "L5"}}, spinereg.register)["moving_scheme"] == {1: "L5"}
+    for wrong in ({"spacingmm": 2}, {"spacing_mm": "2"}, {"seed": True}, {"seed": 1.5}, {"steps": 3}, {"fixed": None}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             given_parameters(good | wrong, spinereg.register)
 
@@ -269,3 +274,38 @@ def test_a_real_pair_from_a_start_14_mm_off(tmp_path):
     apart_mm = [(a.nonzero().double().mean(0) - b.nonzero().double().mean(0)).norm() for a, b in bodies]
     assert np.mean(apart_mm) < 1.5
     assert result.metrics["field"]["n_folded"] == 0
+
+
+def test_B4_a_case_without_labels_never_gets_another_cases(tmp_path):
+    """B4: `make run` names every optional file, None where there is none, and the app's own defaults are all None."""
+    (tmp_path / "case").mkdir()
+    makefile = Path(__file__).parent.parent / "Makefile"
+    if shutil.which("make") is None:
+        pytest.skip("make is not on this machine")
+    command = ["make", "-n", "run", f"CASE={tmp_path}/case"]
+    shown = subprocess.run(command, capture_output=True, text=True, cwd=makefile.parent, check=True).stdout
+    for name in ("moving_labels", "fixed_labels", "landmarks"):
+        assert f"-p {name} None" in " ".join(shown.split())
+
+
+def test_saving_again_leaves_no_file_of_an_earlier_run(tmp_path):
+    given = files("easy_0")
+    register(given["fixed"], given["moving"], given["moving_labels"], out_dir=tmp_path, **QUICK)
+    assert (tmp_path / "moved_labels.nii.gz").exists()
+    register(given["fixed"], given["moving"], out_dir=tmp_path, **QUICK)
+    assert not (tmp_path / "moved_labels.nii.gz").exists()
+    assert not list((tmp_path / "vertebrae").iterdir())
+
+
+def test_A6_thin_stacks_of_thick_slices_keep_their_overlap():
+    """A6: 8 to 14 slices of 3 to 5 mm; never an empty mask, for any similarity."""
+    moving = Grid((100, 100, 100), np.array([[1.0, 0, 0, -50], [0, 1, 0, -50], [0, 0, 1, -50], [0, 0, 0, 1]]))
+    for slices, spacing in ((8, 4.0), (10, 3.3), (12, 3.5), (9, 5.0), (14, 4.4)):
+        affine = np.diag([spacing, 0.8, 0.8, 1])
+        affine[:3, 3] = [-spacing * (slices - 1) / 2, -40, -40]
+        fixed = Grid((slices, 100, 100), affine)
+        scene = Scene(torch.rand(1, 1, *fixed.shape), fixed, torch.rand(1, 1, *moving.shape), moving, np.eye(4), None)
+        for spacing_mm in (4.0, 2.0, 1.0):
+            for reach in (0, 2, 4):
+                mask = make_level(scene, working_grid(scene, 1.0), spacing_mm, reach).mask[0, 0].amax((1, 2))
+                assert mask.sum() * spacing_mm >= 0.3 * slices * spacing
