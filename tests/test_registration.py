@@ -236,7 +236,7 @@ def test_apply_refuses_what_it_cannot_do(done, tmp_path):
 @pytest.mark.parametrize(
     ("argument", "value"),
     [("method", "magic"), ("similarity", "nmi"), ("spacing_mm", 0.0), ("steps", (3,)), ("levels", ()), ("weight_oc", -1.0), ("device", "cuda:9")]
-    + [("prealign", "serach"), ("prealign", "labels"), ("fixed_modality", "MR"), ("steps", (60, 60, 2.5))],
+    + [("prealign", "seek"), ("prealign", "labels"), ("fixed_modality", "MR"), ("steps", (60, 60, 2.5))],
 )
 def test_D6_a_wrong_value_fails_before_any_file_is_opened(argument, value):
     """D6: the files do not even exist."""
