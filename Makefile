@@ -39,9 +39,14 @@ $(VENV)/.test: $(VENV)/.python settings.ini setup.py constraints.txt
 	@touch $(VENV)/.run $@
 
 define TABLE
-import pandas, sys
-print(pandas.read_csv(sys.argv[1] + "/vertebrae.csv").round(2).to_string(index=False, max_cols=9))
-print("\nexecuted notebook:", sys.argv[1] + "/register.ipynb")
+import json, pandas, pathlib, sys
+out = pathlib.Path(sys.argv[1])
+table = pandas.read_csv(out / "vertebrae.csv")
+wanted = ["vertebra", "distance_mm", "angle_deg", "relative_angle_deg", "residual_rms_mm", "volume_change_percent", "dice", "cut"]
+if len(table):
+    print(table[[name for name in wanted if name in table]].round(2).to_string(index=False))
+print("\n" + json.loads((out / "metrics.json").read_text())["summary"])
+print("\nexecuted notebook:", out / "register.ipynb")
 endef
 export TABLE
 
