@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CAPTURE_MM', 'CAPTURE_DEG', 'overlap', 'align_centres', 'fit_centroids', 'nmi', 'SearchPoints', 'search_points',
-           'motion_about', 'score_motions', 'search', 'align_labels', 'centroid_mm', 'read_rigid', 'RigidStart',
-           'rigid_start']
+           'motion_about', 'score_motions', 'search', 'align_labels', 'centroid_mm', 'level_shift', 'read_rigid',
+           'RigidStart', 'rigid_start']
 
 # %% ../nbs/12_prealign.ipynb #33533fc4
 import time
@@ -21,9 +21,10 @@ from torch import Tensor
 
 from .fields import coarsen
 from .geometry import Grid, index_map, sample_index, transform_points
-from .nifti import InputError, Problem
+from .labels import VERTEBRAE
+from .nifti import InputError, Problem, notice
 from .pairs import Pair
-from .rigid import twist_matrix
+from .rigid import rotation_angle_deg, twist_matrix
 from .transforms import FLIP
 from .volumes import Labels, box_text, normalise
 
@@ -128,13 +129,13 @@ def score_motions(
     fixed: Float[Tensor, "1 1 i j k"],  # 0 to 1
     fixed_grid: Grid,
     start: np.ndarray,  # (4, 4) fixed -> moving, where the search began
-) -> Float[Tensor, " b"]:
-    "Normalised mutual information of candidate motions; less than 30 % of the points inside the fixed image costs 0.3."
+) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:  # score; share of the points inside the fixed image
+    "Normalised mutual information of candidate motions."
     motion = torch.as_tensor(np.linalg.inv(fixed_grid.affine) @ np.linalg.inv(start)).to(twist) @ motion_about(twist, at.centre_mm)
     index = at.points_mm @ motion[:, :3, :3].mT + motion[:, None, :3, 3]
     inside = ((index >= 0) & (index <= torch.tensor(fixed_grid.shape, device=index.device) - 1)).all(-1).to(index)
     read = sample_index(fixed, index.reshape(1, -1, 3))[0, 0].view(len(twist), -1)
-    return nmi(at.values, read, inside) - 0.3 * (inside.mean(1) < 0.3)
+    return nmi(at.values, read, inside), inside.mean(1)
 
 # %% ../nbs/12_prealign.ipynb #63f1ea1a
 CAPTURE_MM, CAPTURE_DEG = 25.0, 12.0  # the search looks this far to each side of its start
@@ -162,16 +163,18 @@ def search(
     unit = torch.tensor([0.02, 0.02, 0.02, 1.0, 1.0, 1.0]).to(moving)  # a radian moves a vertebra's end about 50 mm
     reach = torch.tensor([np.deg2rad(reach_deg)] * 3 + [reach_mm] * 3).to(moving)
     twist = (2 * torch.rand(candidates, 6, generator=generator) - 1).to(moving) * reach
-    twist[0] = 0
+    twist[0], enough = 0, 0.3
     for spacing_mm, count, keep, rate, steps in ((4.0, 4000, 8, 0.5, 40), (2.0, 16000, 2, 0.2, 80)):
         image, grid = coarsen(fixed[None, None], fixed_grid, spacing_mm)
         some = SearchPoints(at.points_mm[:count], at.values[:count], at.centre_mm)
         with torch.no_grad():
-            score = torch.cat([score_motions(part, some, image, grid, start) for part in twist.split(100)])
-        twist = _climb(twist[score.topk(keep).indices], unit, rate, steps, some, image, grid, start)
+            score, share = map(torch.cat, zip(*[score_motions(part, some, image, grid, start) for part in twist.split(100)]))
+        enough = min(enough, 0.8 * float(share.max()))
+        twist = _climb(twist[(score - (share < enough).float()).topk(keep).indices], unit, rate, steps, some, image, grid, start)
     twist = torch.cat([twist, torch.zeros_like(twist[:1])])  # the start itself, should nothing be better
     with torch.no_grad():
-        best = twist[score_motions(twist, at, image, grid, start).argmax()]
+        score, share = score_motions(twist, at, image, grid, start)
+    best = twist[(score - (share < enough).float()).argmax()]
     found = np.linalg.inv(motion_about(best[None], at.centre_mm)[0].double().cpu().numpy()) @ start
     return frame @ found @ np.linalg.inv(frame)
 
@@ -183,7 +186,7 @@ def _climb(twist: Tensor, unit: Tensor, rate: float, steps: int, *scene) -> Tens
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimiser, 0.02 ** (1 / steps))
     for _ in range(steps):
         optimiser.zero_grad()
-        (-score_motions(free * unit, *scene).sum()).backward()
+        (-score_motions(free * unit, *scene)[0].sum()).backward()
         optimiser.step()
         schedule.step()
     return (free * unit).detach()
@@ -209,6 +212,24 @@ def align_labels(
 def centroid_mm(mask: Bool[Tensor, "i j k"], grid: Grid) -> np.ndarray:  # (3,) RAS
     "World position of the middle of a mask."
     return transform_points(grid.affine, mask.nonzero().double().mean(0)).numpy()
+
+# %% ../nbs/12_prealign.ipynb #96d901ad
+def level_shift(
+    fixed: Labels,
+    moving: Labels,
+    world: np.ndarray,  # (4, 4) pre-alignment, fixed -> moving, RAS mm
+) -> int:  # 0; 1 where each fixed vertebra lies on the next one below in the moving image, -1 on the one above
+    "By how many levels two label maps lie apart after pre-alignment."
+    spine = [name for name in VERTEBRAE if name in fixed.names + moving.names]
+    place = [{spine.index(name): centroid_mm(m.data == n, m.grid) for n, name in enumerate(m.names, 1)} for m in (fixed, moving)]
+    apart_mm = {}
+    for shift in (0, 1, -1):
+        ends = [(place[0][row], place[1][row + shift]) for row in place[0] if row + shift in place[1]]
+        if len(ends) > 1:
+            x, y = map(np.stack, zip(*ends))
+            apart_mm[shift] = np.sqrt(((x @ world[:3, :3].T + world[:3, 3] - y) ** 2).sum(1).mean())
+    best = min(apart_mm, key=apart_mm.get, default=0)
+    return best if best and 2 * apart_mm[best] < apart_mm.get(0, np.inf) else 0
 
 # %% ../nbs/12_prealign.ipynb #0796c7f5
 def read_rigid(
@@ -254,8 +275,9 @@ def rigid_start(
     if how == "labels" and not both:
         fix = "Give fixed_labels and moving_labels, or use prealign='search'."
         raise InputError(Problem("prealign", "labels", "needs the labels of both images", fix))
+    common = both and set(pair.fixed_labels.names) & set(pair.moving_labels.names)
     matrix, begin = np.eye(4), "header"
-    if how == "labels" or (how == "auto" and before < 0.05 and both):
+    if how == "labels" or (how == "auto" and before < 0.05 and common):
         matrix, begin = align_labels(pair.fixed_labels, pair.moving_labels, seed), "labels"
     elif how == "centres" or (how == "auto" and before < 0.05):
         matrix, begin = align_centres(pair.fixed.grid, pair.moving.grid), "centres"
@@ -265,10 +287,28 @@ def rigid_start(
     if how in ("search", "auto"):
         images = (normalise(v, m) for v, m in ((pair.fixed, pair.fixed_modality), (pair.moving, pair.moving_modality)))
         (fixed, moving), bone = images, None if pair.moving_labels is None else pair.moving_labels.data
-        matrix = search(fixed, pair.fixed.grid, moving, pair.moving.grid, bone, matrix, seed=seed)
-        begin = f"search from {begin}"
+        began_at, matrix = matrix, search(fixed, pair.fixed.grid, moving, pair.moving.grid, bone, matrix, seed=seed)
+        begin = f"search from {begin}, {_distance(pair, began_at, matrix)}"
         _need_overlap(pair, matrix)
+    if both and (shift := level_shift(pair.fixed_labels, pair.moving_labels, matrix)):
+        side = "below" if shift > 0 else "above"
+        reason = f"after pre-alignment each vertebra lies on the one {side} it in the moving image"
+        notice("fixed_labels", pair.fixed_labels.native.path, f"{reason}; one map counts wrongly, or use prealign='labels'")
     return RigidStart(matrix, begin, before, overlap(pair.fixed.grid, pair.moving.grid, matrix), time.perf_counter() - began)
+
+
+def _distance(pair: Pair, start: np.ndarray, matrix: np.ndarray) -> str:
+    "How far a search went from its start, beside how far it looks."
+    step = matrix @ np.linalg.inv(start)
+    centre = pair.moving.grid.centre_mm
+    if pair.moving_labels is not None:
+        centre = centroid_mm(pair.moving_labels.data > 0, pair.moving.grid)
+    far_mm = np.linalg.norm((np.linalg.inv(step) @ [*centre, 1])[:3] - centre)
+    turn_deg = float(rotation_angle_deg(torch.as_tensor(step[:3, :3])))
+    if far_mm > 0.75 * CAPTURE_MM or turn_deg > 0.75 * CAPTURE_DEG:
+        fix = "close to the end of its reach; look at the overview, and use prealign='labels', 'centres' or a file if it is wrong"
+        notice("prealign", pair.moving.native.path, f"the search went {far_mm:.0f} mm and {turn_deg:.0f} degrees from its start, {fix}")
+    return f"which went {far_mm:.1f} mm and {turn_deg:.1f} degrees (it reaches {CAPTURE_MM:.0f} mm and {CAPTURE_DEG:.0f} degrees)"
 
 
 def _need_overlap(pair: Pair, matrix: np.ndarray) -> None:

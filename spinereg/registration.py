@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .fields import inside, vote
 from .geometry import Grid, crop_grid, sample_index, transform_points
+from .labels import LabelError, scheme_table
 from .nifti import InputError, Problem, read_nifti, write_atomic, write_image
 from .optimise import SIMILARITIES, Scene, finish, optimise, working_grid
 from .pairs import Pair, read_pair
@@ -58,6 +59,11 @@ def check_settings(
         wrong.append(f"levels={levels}, steps={steps}: expected one whole number of steps for each level, all at least 1")
     numbers = ["step_mm", *(name for name in given if name.startswith("weight_"))]
     wrong += [f"{name}={given[name]}: expected 0 or more" for name in numbers if not given[name] >= 0]
+    for side in ("moving", "fixed"):
+        try:
+            scheme_table(given[f"{side}_scheme"])
+        except LabelError as error:
+            wrong.append(f"{side}_scheme={given[f'{side}_scheme']!r}: {error.reason}; {error.fix}")
     if wrong:
         raise ValueError("register: " + "; ".join(wrong))
 

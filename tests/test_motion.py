@@ -122,7 +122,7 @@ def test_angles_give_the_rotation_back_also_about_the_vertebras_own_axes(turn):
     a, b, c = np.deg2rad([-found.flexion_deg, found.lateral_bend_deg, found.axial_rotation_deg])
     turns = [Rotation.from_rotvec(angle * e).as_matrix() for angle, e in zip((a, b, c), np.eye(3))]
     assert np.allclose(axes @ turns[0] @ turns[1] @ turns[2] @ axes.T, matrix[:3, :3])
-    step = axes @ [found.right_mm, found.anterior_mm, found.superior_mm]
+    step = np.array([found.right_mm, found.anterior_mm, found.superior_mm])
     assert np.allclose(centre + step, matrix[:3, :3] @ centre + matrix[:3, 3])
     assert found.distance_mm == pytest.approx(np.linalg.norm(step))
 
