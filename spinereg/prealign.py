@@ -227,7 +227,7 @@ def level_shift(
         ends = [(place[0][row], place[1][row + shift]) for row in place[0] if row + shift in place[1]]
         if len(ends) > 1:
             x, y = map(np.stack, zip(*ends))
-            apart_mm[shift] = np.sqrt(((x @ world[:3, :3].T + world[:3, 3] - y) ** 2).sum(1).mean())
+            apart_mm[shift] = np.median(np.linalg.norm(x @ world[:3, :3].T + world[:3, 3] - y, axis=1))
     best = min(apart_mm, key=apart_mm.get, default=0)
     return best if best and 2 * apart_mm[best] < apart_mm.get(0, np.inf) else 0
 

@@ -9,10 +9,10 @@ import SimpleITK as sitk
 import torch
 from scipy.spatial.transform import Rotation
 
-from spinereg.geometry import Grid, to_ras, transform_points
+from spinereg.geometry import Grid, crop_grid, to_ras, transform_points
 from spinereg.nifti import InputError
 from spinereg.pairs import read_pair
-from spinereg.prealign import CAPTURE_DEG, CAPTURE_MM, fit_centroids, overlap, rigid_start, search
+from spinereg.prealign import CAPTURE_DEG, CAPTURE_MM, fit_centroids, level_shift, overlap, rigid_start, search
 from spinereg.rigid import rotation_angle_deg
 from spinereg.transforms import itk_affine, write_itk
 from spinereg.volumes import normalise
@@ -140,3 +140,61 @@ def test_no_interpolation_happens_on_the_way_in(pair, folder):
     data, grid = to_ras(np.asarray(stored.dataobj), stored.affine)
     assert grid.same_as(pair.moving.grid, 0.01)
     assert np.array_equal(data.astype(np.float32), pair.moving.data.numpy())
+
+
+@pytest.mark.parametrize("shift", [0, 1, -1])
+def test_B2_labels_that_count_one_level_off_are_told(pair, shift):
+    """B2: a map whose names are one level off, cut vertebrae and all."""
+    order = ("T10", *pair.moving_labels.names, "S")
+    renamed = replace(pair.fixed_labels, names=tuple(order[order.index(name) + shift] for name in pair.fixed_labels.names))
+    assert level_shift(renamed, pair.moving_labels, search_matrix(pair)) == -shift
+    assert level_shift(renamed, renamed, np.eye(4)) == 0
+
+
+def search_matrix(pair):
+    "Closest rigid motion of the landmarks on bone."
+    bone = torch.tensor([v != "" for v in pair.landmarks.vertebra])
+    return fit_centroids(pair.landmarks.fixed_mm[bone].numpy(), pair.landmarks.moving_mm[bone].numpy())
+
+
+def test_B2_auto_says_that_the_labels_are_one_level_off(pair, capsys):
+    """B2: the search aligns the images, the names disagree, and it is said."""
+    order = ("T10", *pair.moving_labels.names, "S")
+    up = tuple(order[order.index(name) - 1] for name in pair.fixed_labels.names)
+    rigid_start(pair._replace(fixed_labels=replace(pair.fixed_labels, names=up)), "auto")
+    assert "on the one below it in the moving image" in capsys.readouterr().out
+
+
+def test_A4_labels_without_a_common_name_leave_auto_the_centres(pair):
+    away = np.eye(4)
+    away[:3, 3] = [900, 0, 0]
+    strangers = replace(pair.fixed_labels, names=tuple(f"C{n + 1}" for n in range(len(pair.fixed_labels.names))))
+    start = rigid_start(moved_header(pair, away)._replace(fixed_labels=strangers), "auto")
+    assert start.overlap_before == 0 and "centres" in start.how
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_A3_the_search_does_not_run_away_from_a_small_overlap(pair, seed):
+    """A3: the fixed image shows the upper quarter of the spine only; fewer points agree by chance, and must not win."""
+    fixed, moving = normalise(pair.fixed, "mr"), normalise(pair.moving, "ct")
+    true, n = search_matrix(pair), fixed.shape[2]
+    low = n - n // 4
+    part = crop_grid(pair.fixed.grid, [0, 0, low], pair.fixed.grid.shape)
+    off = np.eye(4)
+    off[:3, 3] = [4, -4, 3]
+    found = search(fixed[:, :, low:], part, moving, pair.moving.grid, pair.moving_labels.data, off @ true, seed=seed)
+    index = transform_points(np.linalg.inv(part.affine), pair.landmarks.fixed_mm)
+    seen = torch.tensor([v != "" for v in pair.landmarks.vertebra]) & ((index >= 0) & (index <= torch.tensor(part.shape) - 1)).all(1)
+    left = (transform_points(found, pair.landmarks.fixed_mm[seen]) - pair.landmarks.moving_mm[seen]).norm(dim=1)
+    assert seen.sum() >= 10 and left.mean() < 2
+    assert overlap(part, pair.moving.grid, found) > 0.9 * overlap(part, pair.moving.grid, true)
+
+
+def test_A5_the_distance_of_the_search_and_its_reach_are_said(pair, capsys):
+    """A5: the capture range is logged; close to its end there is a notice."""
+    start = rigid_start(pair, "search")
+    assert "reaches 25 mm and 12 degrees" in start.how and "close to the end" not in capsys.readouterr().out
+    far = np.eye(4)
+    far[:3, 3] = [0, 0, 20]
+    rigid_start(moved_header(pair, far @ np.linalg.inv(start.matrix)), "search")
+    assert "close to the end of its reach" in capsys.readouterr().out

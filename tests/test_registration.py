@@ -236,7 +236,8 @@ def test_apply_refuses_what_it_cannot_do(done, tmp_path):
 @pytest.mark.parametrize(
     ("argument", "value"),
     [("method", "magic"), ("similarity", "nmi"), ("spacing_mm", 0.0), ("steps", (3,)), ("levels", ()), ("weight_oc", -1.0), ("device", "cuda:9")]
-    + [("prealign", "seek"), ("prealign", "labels"), ("fixed_modality", "MR"), ("steps", (60, 60, 2.5))],
+    + [("prealign", "seek"), ("prealign", "labels"), ("fixed_modality", "MR"), ("steps", (60, 60, 2.5))]
+    + [("moving_scheme", "verse2020"), ("fixed_scheme", "spider")],
 )
 def test_D6_a_wrong_value_fails_before_any_file_is_opened(argument, value):
     """D6: the files do not even exist."""
@@ -309,3 +310,53 @@ def test_A6_thin_stacks_of_thick_slices_keep_their_overlap():
             for reach in (0, 2, 4):
                 mask = make_level(scene, working_grid(scene, 1.0), spacing_mm, reach).mask[0, 0].amax((1, 2))
                 assert mask.sum() * spacing_mm >= 0.3 * slices * spacing
+
+
+def cropped(path, out, low, high):
+    "The file with only the slices low ... high - 1 of its superior axis."
+    image = nib.load(path)
+    axis = next(n for n, code in enumerate(nib.aff2axcodes(image.affine)) if code in "SI")
+    cut = [slice(None)] * 3
+    cut[axis] = slice(low, high)
+    nib.save(image.slicer[tuple(cut)], out)
+    return out
+
+
+def test_A3_what_the_moving_image_does_not_show_changes_little(tmp_path):
+    """A3: the moving image without its lower 40 %; where both show the body, the displacement changes by less than 0.5 mm."""
+    given = files("easy_0")
+    height = nib.load(given["moving"]).shape[2]
+    keep = {name: cropped(given[name], tmp_path / f"{name}.nii.gz", int(0.4 * height), height) for name in ("moving", "moving_labels")}
+    finer = QUICK | {"spacing_mm": 2.0, "steps": (30, 15), "prealign": "header"}
+    whole = register(given["fixed"], given["moving"], given["moving_labels"], **finer)
+    part = register(given["fixed"], keep["moving"], keep["moving_labels"], **finer)
+    grid = whole.pair.fixed.grid
+    points = grid.points_mm(torch.zeros(1, dtype=torch.float64))[10:-10:4, 10:-10:4, int(0.4 * height) + 20 : -10 : 4].reshape(-1, 3)
+    change = (whole.transform.points(points) - part.transform.points(points)).norm(dim=1)
+    assert change.mean() < 0.5
+    below = grid.points_mm(torch.zeros(1, dtype=torch.float64))[10:-10:4, 10:-10:4, : int(0.4 * height) - 20 : 4].reshape(-1, 3)
+    seen, longest = ((part.transform.points(p) - p).norm(dim=1).max() for p in (points, below))
+    assert longest <= seen
+
+
+def test_B2_a_sliver_of_a_vertebra_has_no_row_and_is_named(tmp_path):
+    """B2: less than a fifth of a vertebra in view says nothing about its motion."""
+    given = files("easy_0")
+    labels = nib.load(given["fixed_labels"])
+    data = np.asarray(labels.dataobj)
+    lowest = int(data[data > 0].max())
+    first, last = np.flatnonzero((data == lowest).any((0, 1)))[[0, -1]]
+    cut = int(last - 0.15 * (last - first))
+    fixed = cropped(given["fixed"], tmp_path / "mr.nii.gz", cut, data.shape[2])
+    result = register(fixed, given["moving"], given["moving_labels"], out_dir=tmp_path / "out", **QUICK)
+    slivers = {name: seen for name, seen in result.metrics["seen_percent"].items() if 0 < seen < 20}
+    assert slivers and not set(slivers) & set(result.vertebrae.index)
+    assert all(f"{name} (" in result.summary() for name in slivers)
+    assert {p.stem for p in (tmp_path / "out/vertebrae").glob("*.tfm")} == set(result.vertebrae.index)
+
+
+def test_the_rigid_dice_of_a_rigid_result_is_one(done):
+    result, _ = done
+    assert 0.9 < result.metrics["rigidity"]["rigid_dice"] <= 1
+    assert result.metrics["rigidity"]["volume_change_max_percent"] == result.vertebrae.volume_change_percent.max()
+    assert result.metrics["local_correlation"]["now"] > result.metrics["local_correlation"]["prealigned"]
