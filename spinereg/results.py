@@ -57,7 +57,7 @@ def vertebra_table(
     names: tuple[str, ...],
     whole_mm3: np.ndarray,  # (n,) volume of each moving vertebra
     least_percent: float = 20.0,  # of a vertebra that must be in view
-) -> tuple[pd.DataFrame, dict[str, np.ndarray], dict[str, float]]:  # a row per vertebra; their (4, 4) motions, fixed -> moving, RAS mm; seen of each, %
+) -> tuple[pd.DataFrame, dict[str, np.ndarray], dict[str, float]]:  # a row per vertebra; (4, 4) motions, fixed -> moving, RAS mm; seen of each, %
     "Pose and rigidity of every vertebra in view."
     rows, motions = vertebra_rigidity(disp, grid, labels * (share > 0.5), names, share)
     volume = {row.vertebra: row.volume_mm3 for row in rows}
@@ -213,8 +213,8 @@ def likeness(
     mask: Float[Tensor, "1 1 i j k"],  # where both images have data
 ) -> dict[str, float]:  # 0 to 1
     "Mean squared local correlation of the images after pre-alignment and now."
-    losses = {when: lncc_loss(view.fixed[None, None], image[None, None], mask, radius=2) for when, image in (("prealigned", view.before), ("now", view.moved))}
-    return {when: 1 - loss.item() for when, loss in losses.items()}
+    images = {"prealigned": view.before, "now": view.moved}
+    return {when: 1 - lncc_loss(view.fixed[None, None], image[None, None], mask, radius=2).item() for when, image in images.items()}
 
 
 def evaluate(
