@@ -36,6 +36,8 @@ class Scene(NamedTuple):
     moving_grid: Grid
     rigid: np.ndarray  # (4, 4) pre-alignment, fixed -> moving, RAS mm
     labels: Labels | None  # of the moving image
+    fixed_measured: Float[Tensor, "1 1 i j k"] | None = None  # 0 where voxels were filled in; None when nowhere
+    moving_measured: Float[Tensor, "1 1 x y z"] | None = None
 
 # %% ../nbs/13_optimise.ipynb #3004e75b
 def working_grid(
@@ -75,8 +77,11 @@ def overlap_mask(
     grid: Grid,
     reach: int = 0,  # voxels to shrink it by
 ) -> Float[Tensor, "1 1 i j k"]:  # 1 where both images have data
-    "Where both images can be read after pre-alignment; not shrunk where that would leave less than a tenth of it."
+    "Where both images were measured, after pre-alignment; not shrunk where that would leave less than a tenth of it."
     both = coverage(scene.fixed_grid, grid, scene.fixed) * coverage(scene.moving_grid, grid, scene.moving, scene.rigid)
+    for measured, own, world in ((scene.fixed_measured, scene.fixed_grid, None), (scene.moving_measured, scene.moving_grid, scene.rigid)):
+        if measured is not None:
+            both = both * warp(measured, own, grid, world=world, mode="nearest", outside="zeros")
     if not both.any():
         raise ValueError("the two images share no voxel of the working grid; check prealign and the headers")
     shrunk = erode_mask(both, reach)

@@ -164,7 +164,7 @@ def search(
     reach = torch.tensor([np.deg2rad(reach_deg)] * 3 + [reach_mm] * 3).to(moving)
     twist = (2 * torch.rand(candidates, 6, generator=generator) - 1).to(moving) * reach
     twist[0], enough = 0, 0.3
-    for spacing_mm, count, keep, rate, steps in ((4.0, 4000, 8, 0.5, 40), (2.0, 16000, 2, 0.2, 80)):
+    for spacing_mm, count, keep, rate, steps in ((4.0, 4000, 8, 0.5, 40), (2.0, 16000, 2, 0.2, 120)):
         image, grid = coarsen(fixed[None, None], fixed_grid, spacing_mm)
         some = SearchPoints(at.points_mm[:count], at.values[:count], at.centre_mm)
         with torch.no_grad():
@@ -180,10 +180,10 @@ def search(
 
 
 def _climb(twist: Tensor, unit: Tensor, rate: float, steps: int, *scene) -> Tensor:
-    "Follow the gradient of the score from each of some motions, in steps that shrink to a fiftieth."
+    "Follow the gradient of the score from each of some motions, in steps that shrink to a thousandth."
     free = (twist / unit).requires_grad_()
-    optimiser = torch.optim.Adam([free], lr=rate)
-    schedule = torch.optim.lr_scheduler.ExponentialLR(optimiser, 0.02 ** (1 / steps))
+    optimiser = torch.optim.Adam([free], lr=rate, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimiser, 0.001 ** (1 / steps))
     for _ in range(steps):
         optimiser.zero_grad()
         (-score_motions(free * unit, *scene)[0].sum()).backward()

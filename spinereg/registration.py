@@ -129,7 +129,8 @@ def make_scene(
     fixed = normalise(pair.fixed, pair.fixed_modality)[None, None].to(device)
     moving = normalise(pair.moving, pair.moving_modality)[None, None].to(device)
     labels = pair.moving_labels and replace(pair.moving_labels, data=pair.moving_labels.data.to(device))
-    return Scene(fixed, pair.fixed.grid, moving, pair.moving.grid, rigid, labels)
+    filled = [v.measured if v.measured is None else v.measured[None, None].to(fixed) for v in (pair.fixed, pair.moving)]
+    return Scene(fixed, pair.fixed.grid, moving, pair.moving.grid, rigid, labels, *filled)
 
 
 class Clock:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy import ndimage
 from torch import Tensor
 
@@ -53,6 +53,7 @@ class Volume:
     data: Float[Tensor, "i j k"]  # RAS-ordered, float32, the file's own units
     grid: Grid  # orthonormal
     native: NativeSpace
+    measured: Bool[Tensor, "i j k"] | None = None  # False where voxels were filled in; None when all are the scanner's
 
 
 def read_image(
@@ -61,11 +62,13 @@ def read_image(
 ) -> Volume:
     "Read an image: checked, RAS-ordered, on an orthonormal grid."
     data, native = read_nifti(path, name)
-    values = torch.from_numpy(finite(data, native.path, name))
-    if shear_deg(native.grid) < 0.5:
-        return Volume(values, native.grid, native)
-    background, grid = values.min(), covering_grid(native.grid)
-    return Volume(resample(values - background, native.grid, grid) + background, grid, native)
+    values, grid = torch.from_numpy(finite(data, native.path, name)), native.grid
+    measured = torch.from_numpy(np.isfinite(data))
+    if shear_deg(native.grid) >= 0.5:
+        background, grid = values.min(), covering_grid(native.grid)
+        values = resample(values - background, native.grid, grid) + background
+        measured = resample(measured.float(), native.grid, grid) > 0.99
+    return Volume(values, grid, native, None if measured.all() else measured)
 
 # %% ../nbs/02b_volumes.ipynb #640ea2c3
 def guess_modality(

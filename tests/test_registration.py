@@ -18,7 +18,7 @@ import spinereg
 from spinereg.apps import given_parameters
 from spinereg.geometry import Grid, transform_points
 from spinereg.nifti import InputError
-from spinereg.optimise import Scene, make_level, working_grid
+from spinereg.optimise import Scene, make_level, overlap_mask, working_grid
 from spinereg.pairs import read_pair
 from spinereg.prealign import rigid_start
 from spinereg.registration import apply, make_scene, register
@@ -163,8 +163,10 @@ def pair_as(folder, codes=None, world=None):
     return {key: stored_as(given[key], folder / f"{key}.nii.gz", codes, world) for key in ("fixed", "moving", "moving_labels")}
 
 
-TURNS = [Rotation.from_rotvec(np.deg2rad(a) * np.array(v) / np.linalg.norm(v)).as_matrix() for a, v in
-         ((10, (1, 0, 0)), (15, (0, 1, 1)), (20, (0, 0, 1)), (25, (1, 1, 0)), (12, (1, -2, 3)))]
+TURNS = [
+    Rotation.from_rotvec(np.deg2rad(a) * np.array(v) / np.linalg.norm(v)).as_matrix()
+    for a, v in ((10, (1, 0, 0)), (15, (0, 1, 1)), (20, (0, 0, 1)), (25, (1, 1, 0)), (12, (1, -2, 3)))
+]
 
 
 def turned(matrix):
@@ -360,3 +362,24 @@ def test_the_rigid_dice_of_a_rigid_result_is_one(done):
     assert 0.9 < result.metrics["rigidity"]["rigid_dice"] <= 1
     assert result.metrics["rigidity"]["volume_change_max_percent"] == result.vertebrae.volume_change_percent.max()
     assert result.metrics["local_correlation"]["now"] > result.metrics["local_correlation"]["prealigned"]
+
+
+def test_A3_filled_voxels_are_no_data(tmp_path):
+    """A3: a frame of NaN around a CT, and the corners of a sheared one, are left out of the overlap."""
+    given = files("easy_0")
+    image = nib.load(given["moving"])
+    data = np.asarray(image.dataobj).astype(np.float32)
+    data[:, :, -30:] = np.nan
+    sheared = image.affine.copy()
+    sheared[0, 2] += 0.1
+    nib.save(nib.Nifti1Image(data, image.affine), tmp_path / "nan.nii.gz")
+    tilted = nib.Nifti1Image(np.asarray(image.dataobj), None)
+    tilted.set_sform(sheared, 1)
+    nib.save(tilted, tmp_path / "sheared.nii.gz")
+    for name, expected in (("nan", 1 - 30 / data.shape[2]), ("sheared", 0.85)):
+        pair = read_pair(given["fixed"], tmp_path / f"{name}.nii.gz", moving_modality="ct", fixed_modality="mr")
+        scene = make_scene(pair, np.eye(4), torch.device("cpu"))
+        share = overlap_mask(scene, pair.fixed.grid).mean()
+        assert abs(share - expected) < 0.1 and share < 0.95, name
+    whole = read_pair(given["fixed"], given["moving"], moving_modality="ct", fixed_modality="mr")
+    assert whole.moving.measured is None
