@@ -21,7 +21,7 @@ from spinereg.nifti import InputError
 from spinereg.optimise import Scene, make_level, overlap_mask, working_grid
 from spinereg.pairs import read_pair
 from spinereg.prealign import rigid_start
-from spinereg.registration import apply, make_scene, register
+from spinereg.registration import apply, make_scene, register, warn_memory
 from spinereg.transforms import read_transform
 
 SAMPLES = Path(__file__).parent.parent / "data_samples"
@@ -383,3 +383,10 @@ def test_A3_filled_voxels_are_no_data(tmp_path):
         assert abs(share - expected) < 0.1 and share < 0.95, name
     whole = read_pair(given["fixed"], given["moving"], moving_modality="ct", fixed_modality="mr")
     assert whole.moving.measured is None
+
+
+def test_a_grid_larger_than_the_memory_is_said_before_work_starts(capsys):
+    warn_memory(Grid((9000, 9000, 9000), np.eye(4)), torch.device("cpu"))
+    assert "larger spacing_mm" in capsys.readouterr().out
+    warn_memory(Grid((20, 20, 20), np.eye(4)), torch.device("cpu"))
+    assert not capsys.readouterr().out
