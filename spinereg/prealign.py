@@ -164,7 +164,7 @@ def search(
     reach = torch.tensor([np.deg2rad(reach_deg)] * 3 + [reach_mm] * 3).to(moving)
     twist = (2 * torch.rand(candidates, 6, generator=generator) - 1).to(moving) * reach
     twist[0], enough = 0, 0.3
-    for spacing_mm, count, keep, rate, steps in ((4.0, 4000, 8, 0.5, 40), (2.0, 16000, 2, 0.2, 120)):
+    for spacing_mm, count, keep, rate, steps in ((4.0, 4000, 16, 0.5, 40), (2.0, 16000, 2, 0.2, 120)):
         image, grid = coarsen(fixed[None, None], fixed_grid, spacing_mm)
         some = SearchPoints(at.points_mm[:count], at.values[:count], at.centre_mm)
         with torch.no_grad():
