@@ -1,0 +1,75 @@
+"""Register phantom cases end to end, one JSON line each, and print a table.
+
+python tests/benchmarks/phantom_table.py out/lncc.jsonl easy clinical hard --seeds 100 101 102 103 104
+python tests/benchmarks/phantom_table.py out/mi.jsonl clinical --seeds 100 --set similarity=mi weight_diffusion=1.0
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+import spinereg
+from spinereg.pairs import read_landmarks
+from spinereg.phantom import make_case, write_case
+from spinereg.rigid import procrustes
+
+
+def best_rigid_mm(landmarks: Path) -> float:
+    "Mean distance from their place that the best rigid motion of all bone landmarks leaves."
+    marks = read_landmarks(landmarks)
+    bone = torch.tensor([name != "" for name in marks.vertebra])
+    x, y = marks.fixed_mm[bone], marks.moving_mm[bone]
+    best = procrustes(x, y, torch.ones_like(x[:, 0]), torch.zeros(len(x), dtype=torch.int64), 1)
+    return float((x @ best.rotation[0].T + best.translation[0] - y).norm(dim=1).mean())
+
+
+def measure(case: Path, settings: dict) -> dict:
+    "One case, registered with the labels of its CT only."
+    result = spinereg.register(case / "mr_t1.nii.gz", case / "ct.nii.gz", case / "ct_mask.nii.gz", landmarks=case / "landmarks.csv", **settings)
+    metrics, field = result.metrics, result.metrics["field"]
+    bone, soft = (next(g for g in metrics["landmarks"] if g["group"] == name) for name in ("bone", "soft tissue"))
+    return {
+        "start_mm": bone["start_mean_mm"],
+        "prealigned_mm": bone["prealigned_mean_mm"],
+        "best_rigid_mm": best_rigid_mm(case / "landmarks.csv"),
+        "tre_mm": bone["mean_mm"],
+        "p95_mm": bone["p95_mm"],
+        "max_mm": bone["max_mm"],
+        "soft_mm": soft["mean_mm"],
+        "volume_mean_percent": metrics["rigidity"]["volume_change_mean_percent"],
+        "volume_max_percent": metrics["rigidity"]["volume_change_max_percent"],
+        "folded": field["n_folded"] + field["ndv"]["n_failing"],
+        "inverse_mean_mm": field["inverse_after_forward"]["mean_mm"],
+        "inverse_p99_mm": field["inverse_after_forward"]["p99_mm"],
+        "seconds": sum(metrics["seconds"].values()),
+        "memory_gb": metrics["environment"]["peak_memory_gb"],
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="file of JSON lines, one per case; made anew")
+    parser.add_argument("levels", nargs="+", choices=["easy", "clinical", "hard"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="arguments of spinereg.register")
+    given = parser.parse_args()
+    settings = {}
+    for name, value in (text.split("=", 1) for text in given.set):
+        settings[name] = json.loads(value) if value[0] in "-.[0123456789" else value
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for level in given.levels:
+        for seed in given.seeds:
+            case = given.out.parent / f"{level}_{seed}"
+            if not (case / "truth.json").exists():
+                write_case(case, make_case(level, seed))
+            rows.append({"case": case.name, **measure(case, settings)})
+            given.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    print(pd.DataFrame(rows).round(3).to_string(index=False))
+
+
+if __name__ == "__main__":
+    main()
