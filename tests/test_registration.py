@@ -17,6 +17,7 @@ from scipy.spatial.transform import Rotation
 import spinereg
 from spinereg.apps import given_parameters
 from spinereg.geometry import Grid, transform_points
+from spinereg.motion import label_centres_mm
 from spinereg.nifti import InputError
 from spinereg.optimise import Scene, make_level, overlap_mask, working_grid
 from spinereg.pairs import read_pair
@@ -273,8 +274,8 @@ def test_a_real_pair_from_a_start_14_mm_off(tmp_path):
     names = {"fixed": "fixed_t1", "moving": "moving_t2", "moving_labels": "moving_labels", "fixed_labels": "fixed_labels"}
     result = register(**{key: folder / f"{name}.nii.gz" for key, name in names.items()}, **(QUICK | {"spacing_mm": 2.0}))
     fixed, moved, names = result.pair.fixed_labels, result.moved_labels, result.pair.moving_labels.names
-    bodies = [(fixed.data == fixed.names.index(name) + 1, moved == names.index(name) + 1) for name in fixed.names]
-    apart_mm = [(a.nonzero().double().mean(0) - b.nonzero().double().mean(0)).norm() for a, b in bodies]
+    at_fixed, at_moved = label_centres_mm(fixed.data, fixed.grid, len(fixed.names)), label_centres_mm(moved, fixed.grid, len(names))
+    apart_mm = [np.linalg.norm(at_fixed[fixed.names.index(name)] - at_moved[names.index(name)]) for name in fixed.names]
     assert np.mean(apart_mm) < 1.5
     assert result.metrics["field"]["n_folded"] == 0
 
