@@ -73,7 +73,7 @@ def test_A12_respacing_keeps_the_centre_and_covers_the_box(seed, spacing_mm):
     new = respace_grid(grid, spacing_mm)
     assert np.allclose(new.centre_mm, grid.centre_mm)
     assert np.allclose(new.axes, grid.axes)
-    assert (new.size_mm >= grid.size_mm - 1e-4).all()
+    assert (new.size_mm >= grid.size_mm - 1e-3 * spacing_mm - 1e-9).all()  # a thousandth of a voxel is rounded away
     assert (new.size_mm < grid.size_mm + spacing_mm).all()
 
 
