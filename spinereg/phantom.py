@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['DIFFICULTIES', 'BODY_MARKS', 'SOFT_MARKS', 'Difficulty', 'oriented_grid', 'scanner_grids', 'within', 'presence',
-           'start_and_rigid_mm', 'draw_motion', 'draw_truth', 'bone_landmarks', 'soft_landmarks', 'case_landmarks',
-           'Case', 'verse_values', 'make_case', 'truth_table', 'write_case']
+           'bone_landmarks', 'in_view', 'place_bone_landmarks', 'start_and_rigid_mm', 'soft_landmarks',
+           'case_landmarks', 'draw_motion', 'draw_truth', 'Case', 'verse_values', 'make_case', 'truth_table',
+           'write_case']
 
 # %% ../nbs/06b_phantom.ipynb #1e0443de
 import csv
@@ -42,7 +43,7 @@ class Difficulty(NamedTuple):
     joint_deg: float  # largest rotation of a joint
     turn_deg: float  # largest rotation of the whole
     shift_mm: float  # largest shift of the whole
-    start_mm: tuple[float, float]  # least and greatest mean distance of bone from its place at the start
+    start_mm: tuple[float, float]  # least and greatest mean distance of bone landmarks from their places at the start
     rigid_mm: float  # what the best rigid motion of the whole leaves of it, at least
     steps: int  # parts into which the motion is divided
     contrast: float  # 1: healthy bone and discs, a good scanner
@@ -111,20 +112,105 @@ def presence(
         seen.append("whole" if shown.all() else "cut" if shown.any() else "absent")
     return tuple(seen)
 
-# %% ../nbs/06b_phantom.ipynb #d390f6e4
-def start_and_rigid_mm(
-    poses: np.ndarray,  # (2, n, 4, 4) in the fixed and in the moving image
+# %% ../nbs/06b_phantom.ipynb #e610e5af
+BODY_MARKS = {  # where on a body, as shares of half its width, depth and height
+    "upper endplate": (0, 0, 0.6), "lower endplate": (0, 0, -0.6), "upper front rim": (0, 0.85, 0.85), "lower front rim": (0, 0.85, -0.85),
+    "upper right rim": (0.8, 0, 0.85), "upper left rim": (-0.8, 0, 0.85), "lower right rim": (0.8, 0, -0.85), "lower left rim": (-0.8, 0, -0.85),
+    "centre": (0, 0, 0),
+}  # fmt: skip
+
+
+def bone_landmarks(
+    vertebra: Vertebra,
+) -> dict[str, np.ndarray]:  # name -> (3,) local mm
+    "Named points all over a vertebra: corners of the body, ends of the processes on both sides."
+    half = np.array([vertebra.sizes.width, vertebra.sizes.depth, vertebra.sizes.height]) / 2
+    marks = {name: half * share for name, share in BODY_MARKS.items()}
+    for name, position in anchors(vertebra).items():
+        name = name.replace("_", " ")
+        if position[0] == 0:
+            marks[name] = position
+        else:
+            marks |= {f"right {name}": position, f"left {name}": position * [-1, 1, 1]}
+    local = torch.as_tensor(np.array(list(marks.values())).T)
+    keep = vertebra_distance(vertebra, local) < 0
+    return {name: position for (name, position), inside in zip(marks.items(), keep) if inside}
+
+# %% ../nbs/06b_phantom.ipynb #221532d3
+def in_view(
+    marks: Landmarks,
+    ct_grid: Grid,
+    mr_grid: Grid,
+) -> Landmarks:
+    "The landmarks that both images show, a voxel away from their borders."
+    seen = (within(mr_grid, marks.fixed_mm, margin=1.5) & within(ct_grid, marks.moving_mm, margin=1.5)).nonzero()[:, 0]
+    return Landmarks(tuple(marks.names[i] for i in seen), tuple(marks.vertebra[i] for i in seen), marks.fixed_mm[seen], marks.moving_mm[seen])
+
+
+def place_bone_landmarks(
+    truth: Truth,
     inside: list[Tensor],  # per vertebra (p, 3) points in it, own frame
-    grid: Grid,  # of the fixed image
+    ct_grid: Grid,
+    mr_grid: Grid,
+) -> Landmarks:
+    "Landmarks on the vertebrae that both images show whole."
+    in_mr, in_ct = (presence(truth.vertebrae, truth.poses[k], inside, grid) for k, grid in ((0, mr_grid), (-1, ct_grid)))
+    names, owners, fixed, moving = [], [], [torch.zeros(0, 3, dtype=torch.float64)], [torch.zeros(0, 3, dtype=torch.float64)]
+    for k, v in enumerate(truth.vertebrae):
+        if in_mr[k] == in_ct[k] == "whole":
+            local = bone_landmarks(v)
+            names += [f"{v.name} {name}" for name in local]
+            owners += [v.name] * len(local)
+            points = torch.as_tensor(np.array(list(local.values())))
+            fixed.append(transform_points(truth.poses[0, k], points))
+            moving.append(transform_points(truth.poses[-1, k], points))
+    return in_view(Landmarks(tuple(names), tuple(owners), torch.cat(fixed), torch.cat(moving)), ct_grid, mr_grid)
+
+# %% ../nbs/06b_phantom.ipynb #69fd902a
+def start_and_rigid_mm(
+    bone: Landmarks,  # on bone only
 ) -> tuple[float, float]:  # mean distances, mm
-    "How far bone seen in the fixed image is from its place: before any registration, and after the best rigid motion of the whole."
-    fixed = torch.cat([transform_points(pose, points) for pose, points in zip(poses[0], inside)])
-    moving = torch.cat([transform_points(pose, points) for pose, points in zip(poses[1], inside)])
-    seen = within(grid, fixed)
-    fixed, moving = fixed[seen], moving[seen]
+    "How far landmarks are from their places: before any registration, and after the best rigid motion of all together."
+    fixed, moving = bone.fixed_mm, bone.moving_mm
     best = procrustes(fixed, moving, torch.ones_like(fixed[:, 0]), torch.zeros(len(fixed), dtype=torch.int64), 1)
     left = fixed @ best.rotation[0].T + best.translation[0] - moving
     return float((fixed - moving).norm(dim=1).mean()), float(left.norm(dim=1).mean())
+
+# %% ../nbs/06b_phantom.ipynb #aec29b2e
+SOFT_MARKS = {  # where in soft tissue: right and front of the canal's centre, in half canal widths
+    "sac": (0, 0), "right psoas": (2.5, 1.5), "left psoas": (-2.5, 1.5), "right erector spinae": (2.2, -2.2), "left erector spinae": (-2.2, -2.2),
+    "right multifidus": (1.0, -2.0), "left multifidus": (-1.0, -2.0),
+}  # fmt: skip
+
+
+def soft_landmarks(
+    vertebrae: tuple[Vertebra, ...],
+) -> dict[str, np.ndarray]:  # name -> (3,) moving world mm
+    "Named points in the canal, the muscles and the discs."
+    marks = {}
+    for upper, v in zip((None, *vertebrae), vertebrae):
+        s = v.sizes
+        canal = np.array([0, -(s.depth + s.canal_depth) / 2, 0])
+        local = {f"{name} at {v.name}": canal + np.array([*shares, 0]) * s.canal_width / 2 for name, shares in SOFT_MARKS.items()}
+        if upper:
+            local[f"disc {upper.name}-{v.name}"] = np.array([0, 0, (s.height + s.disc) / 2])
+            local[f"sac at disc {upper.name}-{v.name}"] = canal + [0, 0, (s.height + s.disc) / 2]
+        marks |= {name: v.pose[:3, :3] @ position + v.pose[:3, 3] for name, position in local.items()}
+    return marks
+
+# %% ../nbs/06b_phantom.ipynb #0301a7ca
+def case_landmarks(
+    truth: Truth,
+    bone: Landmarks,
+    ct_grid: Grid,
+    mr_grid: Grid,
+) -> Landmarks:
+    "The landmarks in bone and, after them, those in soft tissue that both images show."
+    named = soft_landmarks(truth.vertebrae)
+    moving = torch.as_tensor(np.array(list(named.values())))
+    soft = in_view(Landmarks(tuple(named), ("",) * len(named), inverse_map(truth, moving), moving), ct_grid, mr_grid)
+    both = [torch.cat(pair) for pair in zip(bone[2:], soft[2:])]
+    return Landmarks(bone.names + soft.names, bone.vertebra + soft.vertebra, *both)
 
 # %% ../nbs/06b_phantom.ipynb #abeef4ef
 def draw_motion(
@@ -160,84 +246,16 @@ def draw_truth(
     vertebrae = build_spine("T11", "L5", seed, rng.uniform(*difficulty.scale), difficulty.span_mm, centre)
     inside = [bone_points(v) for v in vertebrae]
     ct_grid, mr_grid = scanner_grids(level, centre, rng)
-    for attempt in range(200):
-        truth = draw_motion(vertebrae, difficulty, rng, 0.98**attempt)
-        start, rigid = start_and_rigid_mm(truth.poses[[0, -1]], inside, mr_grid)
-        seen = [presence(vertebrae, poses, inside, grid) for poses, grid in ((truth.poses[0], mr_grid), (truth.poses[-1], ct_grid))]
+    for attempt in range(400):
+        truth = draw_motion(vertebrae, difficulty, rng, 0.98 ** (attempt % 50))
+        bone = place_bone_landmarks(truth, inside, ct_grid, mr_grid)
+        if len(set(bone.vertebra)) < 3:
+            continue
+        start, rigid = start_and_rigid_mm(bone)
         fits = difficulty.start_mm[0] <= start <= difficulty.start_mm[1] and rigid >= difficulty.rigid_mm
-        fits = fits and sum(a == b == "whole" for a, b in zip(*seen)) >= 3
         if fits and min(min(clearances_mm(vertebrae, poses, inside)) for poses in truth.poses) > 0.6 and smallest_jacobian(truth, inside) > 0.16:
             return truth, ct_grid, mr_grid, inside
     raise ValueError(f"no {level} motion found for seed {seed}; try another seed")
-
-# %% ../nbs/06b_phantom.ipynb #e610e5af
-BODY_MARKS = {  # where on a body, as shares of half its width, depth and height
-    "upper endplate": (0, 0, 0.6), "lower endplate": (0, 0, -0.6), "upper front rim": (0, 0.85, 0.85), "lower front rim": (0, 0.85, -0.85),
-    "upper right rim": (0.8, 0, 0.85), "upper left rim": (-0.8, 0, 0.85), "lower right rim": (0.8, 0, -0.85), "lower left rim": (-0.8, 0, -0.85),
-    "centre": (0, 0, 0),
-}  # fmt: skip
-
-
-def bone_landmarks(
-    vertebra: Vertebra,
-) -> dict[str, np.ndarray]:  # name -> (3,) local mm
-    "Named points all over a vertebra: corners of the body, ends of the processes on both sides."
-    half = np.array([vertebra.sizes.width, vertebra.sizes.depth, vertebra.sizes.height]) / 2
-    marks = {name: half * share for name, share in BODY_MARKS.items()}
-    for name, position in anchors(vertebra).items():
-        name = name.replace("_", " ")
-        if position[0] == 0:
-            marks[name] = position
-        else:
-            marks |= {f"right {name}": position, f"left {name}": position * [-1, 1, 1]}
-    local = torch.as_tensor(np.array(list(marks.values())).T)
-    keep = vertebra_distance(vertebra, local) < 0
-    return {name: position for (name, position), inside in zip(marks.items(), keep) if inside}
-
-# %% ../nbs/06b_phantom.ipynb #aec29b2e
-SOFT_MARKS = {  # where in soft tissue: right and front of the canal's centre, in half canal widths
-    "sac": (0, 0), "right psoas": (2.5, 1.5), "left psoas": (-2.5, 1.5), "right erector spinae": (2.2, -2.2), "left erector spinae": (-2.2, -2.2),
-    "right multifidus": (1.0, -2.0), "left multifidus": (-1.0, -2.0),
-}  # fmt: skip
-
-
-def soft_landmarks(
-    vertebrae: tuple[Vertebra, ...],
-) -> dict[str, np.ndarray]:  # name -> (3,) moving world mm
-    "Named points in the canal, the muscles and the discs."
-    marks = {}
-    for upper, v in zip((None, *vertebrae), vertebrae):
-        s = v.sizes
-        canal = np.array([0, -(s.depth + s.canal_depth) / 2, 0])
-        local = {f"{name} at {v.name}": canal + np.array([*shares, 0]) * s.canal_width / 2 for name, shares in SOFT_MARKS.items()}
-        if upper:
-            local[f"disc {upper.name}-{v.name}"] = np.array([0, 0, (s.height + s.disc) / 2])
-            local[f"sac at disc {upper.name}-{v.name}"] = canal + [0, 0, (s.height + s.disc) / 2]
-        marks |= {name: v.pose[:3, :3] @ position + v.pose[:3, 3] for name, position in local.items()}
-    return marks
-
-# %% ../nbs/06b_phantom.ipynb #0301a7ca
-def case_landmarks(
-    truth: Truth,
-    whole: tuple[bool, ...],  # per vertebra: is all of it in both images
-    ct_grid: Grid,
-    mr_grid: Grid,
-) -> Landmarks:
-    "Landmarks in bone of whole vertebrae and in soft tissue, where both images show them."
-    names, owners, fixed, moving = [], [], [], []
-    for v, keep, fixed_pose, moving_pose in zip(truth.vertebrae, whole, truth.poses[0], truth.poses[-1]):
-        for name, position in bone_landmarks(v).items() if keep else ():
-            names.append(f"{v.name} {name}")
-            owners.append(v.name)
-            fixed.append(fixed_pose[:3, :3] @ position + fixed_pose[:3, 3])
-            moving.append(moving_pose[:3, :3] @ position + moving_pose[:3, 3])
-    soft = soft_landmarks(truth.vertebrae)
-    names, owners = np.array(names + list(soft)), np.array(owners + [""] * len(soft))
-    soft = torch.as_tensor(np.array(list(soft.values())))
-    fixed = torch.cat([torch.as_tensor(np.array(fixed)), inverse_map(truth, soft)])
-    moving = torch.cat([torch.as_tensor(np.array(moving)), soft])
-    seen = within(mr_grid, fixed, margin=1.5) & within(ct_grid, moving, margin=1.5)
-    return Landmarks(tuple(names[seen.numpy()].tolist()), tuple(owners[seen.numpy()].tolist()), fixed[seen], moving[seen])
 
 # %% ../nbs/06b_phantom.ipynb #9b79770e
 @dataclass(frozen=True, eq=False)
@@ -257,7 +275,7 @@ class Case:
     in_ct: tuple[str, ...]  # per vertebra "whole", "cut" or "absent"
     in_mr: tuple[str, ...]  # likewise
     landmarks: Landmarks
-    start_mm: float  # mean distance of bone from its place before registration
+    start_mm: float  # mean distance of bone landmarks from their places before registration
     rigid_mm: float  # after the best rigid motion of the whole
 
 
@@ -285,10 +303,10 @@ def make_case(
     t1, t2 = (mr_scan(image, mr_grid, seed + 1000 * i, 0.02 * poor, 0.1 * poor) for i, image in enumerate(mr))
     in_ct = presence(truth.vertebrae, truth.poses[-1], inside, ct_grid)
     in_mr = presence(truth.vertebrae, truth.poses[0], inside, mr_grid)
-    marks = case_landmarks(truth, tuple(a == b == "whole" for a, b in zip(in_ct, in_mr)), ct_grid, mr_grid)
-    start, rigid = start_and_rigid_mm(truth.poses[[0, -1]], inside, mr_grid)
+    bone = place_bone_landmarks(truth, inside, ct_grid, mr_grid)
+    marks = case_landmarks(truth, bone, ct_grid, mr_grid)
     ct = ct_scan(ct, seed, 16.0 * poor)
-    return Case(level, seed, truth, ct, values[ct_label], ct_grid, t1, t2, values[mr_label], mr_grid, in_ct, in_mr, marks, start, rigid)
+    return Case(level, seed, truth, ct, values[ct_label], ct_grid, t1, t2, values[mr_label], mr_grid, in_ct, in_mr, marks, *start_and_rigid_mm(bone))
 
 # %% ../nbs/06b_phantom.ipynb #91c55075
 def truth_table(case: Case) -> dict:

@@ -115,6 +115,15 @@ def test_gradients_through_warp_and_integration():
     image = torch.rand(1, 1, *grid.shape, dtype=torch.float64, requires_grad=True)
     velocity = (0.3 * torch.rand(1, 3, *grid.shape, dtype=torch.float64) + 0.05).requires_grad_()
     assert torch.autograd.gradcheck(lambda x, v: warp(x, grid, grid, integrate(v, grid, 3)), (image, velocity))
+    assert torch.autograd.gradcheck(lambda x: blur(x, (1.0, 0.0, 0.6)), image)
+
+
+def test_blur_is_the_gaussian_of_scipy_with_the_border_repeated():
+    from scipy.ndimage import gaussian_filter
+
+    image = torch.rand(2, 2, 17, 12, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = gaussian_filter(image.numpy(), (0, 0, 2, 1, 0), mode="nearest", truncate=3.0)
+    assert np.abs(blur(image, (2.0, 1.0, 0.0)).numpy() - expected).max() < 1e-12
 
 
 def test_B6_warped_labels_are_the_one_hot_vote():
