@@ -130,10 +130,10 @@ def invert(
     grid: Grid,
     iterations: int = 30,
 ) -> Float[Tensor, "b 3 i j k"]:  # mm, disp_inv with (id + disp) after (id + disp_inv) = id
-    "Inverse of a displacement field by fixed-point iteration (Chen et al., Med. Phys. 2008)."
+    "Inverse of a displacement field by fixed-point iteration (Chen et al., Med. Phys. 2008), half a step at a time."
     disp_inv = -disp
     for _ in range(iterations):
-        disp_inv = -warp(disp, grid, grid, disp_inv)
+        disp_inv = 0.5 * (disp_inv - warp(disp, grid, grid, disp_inv))
     return disp_inv
 
 # %% ../nbs/03_fields.ipynb #f0d00ccb

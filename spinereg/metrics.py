@@ -41,7 +41,7 @@ def regularity(
     d = (det.flatten() if mask is None else det[mask]).detach().cpu().double().numpy()
     if not len(d):
         raise ValueError("regularity: the mask is empty, but at least one voxel must count; check the overlap of the two images")
-    folded = int((d <= 0).sum())
+    folded = int((~(d > 0)).sum())
     spread, spread_l2r = (float(np.log(np.clip(values, 1e-9, 1e9)).std()) for values in (d, d + 3))
     return Regularity(len(d), folded, 100 * folded / len(d), float(d.min()), float(np.quantile(d, 0.01)), spread, spread_l2r)
 
@@ -75,7 +75,7 @@ def diffeomorphism(
             there = u[:, *(slice(1 + s, 1 + s + n) for s, n in zip(step, size))]
             columns.append(there - middle + torch.tensor(step).to(u)[:, None, None, None])
         D = determinant(torch.stack(columns, -1).movedim(0, -2))
-        failing |= D <= 0
+        failing |= ~(D > 0)
         inside_out += float(((-D).clamp_min(0) * counts).sum(dtype=torch.float64))
     n = int(counts.sum())
     return Diffeomorphism(n, int((failing & counts).sum()), 100 * inside_out / (12 * max(n, 1)))
@@ -161,9 +161,10 @@ def label_agreement(
     fixed: Int[Tensor, "x y z"],  # labels of the fixed image, same numbers, same grid
     spacing_mm: np.ndarray,  # (3,)
     names: Sequence[str],  # name of label 1, 2, ...
-    penalty_mm: float = 50.0,  # HD95 and ASSD of a missing vertebra
+    penalty_mm: float | None = None,  # HD95 and ASSD of a missing vertebra; None takes the diagonal of the volume, more than any miss
 ) -> tuple[list[Agreement], MeanAgreement]:
     "Dice, HD95 and ASSD of every vertebra, and their means."
+    penalty_mm = float(np.linalg.norm(spacing_mm * fixed.shape)) if penalty_mm is None else penalty_mm
     if moved.shape != fixed.shape:
         raise ValueError(
             f"label_agreement: got {tuple(moved.shape)} and {tuple(fixed.shape)} voxels, expected one grid; warp the moving labels to it"

@@ -11,6 +11,7 @@ __all__ = ['Problem', 'InputError', 'missing_file', 'file_bytes', 'open_nifti', 
 import gzip
 import io
 import os
+import tempfile
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -92,7 +93,9 @@ def open_nifti(
     raw = file_bytes(path, name)
     kinds = {348: nib.Nifti1Image, 540: nib.Nifti2Image}
     kind = kinds.get(int.from_bytes(raw[:4], "little")) or kinds.get(int.from_bytes(raw[:4], "big"))
-    if kind is None:
+    if kind is None or raw[344:348] == b"ni1\0":
+        if kind is not None or path.suffix in (".hdr", ".img"):
+            raise InputError(Problem(name, str(path), "this is one half of a .hdr/.img pair", "Join the two to one .nii.gz (nibabel, 3D Slicer)."))
         raise InputError(Problem(name, str(path), "this is not a NIfTI file", "Convert it to .nii.gz: dcm2niix for DICOM, 3D Slicer for the rest."))
     try:
         image = kind.from_bytes(raw)
@@ -270,7 +273,8 @@ def read_nifti(
     if shear > 0.5:
         notice(name, path, f"its axes are sheared by {shear:.1f} degrees; it is resampled onto orthogonal ones")
     elif shear > 0.01:
-        notice(name, path, f"its axes are sheared by {shear:.2f} degrees; the nearest orthogonal ones are used")
+        off_mm = np.linalg.norm(grid.corners_mm() - orthonormal_grid(grid).corners_mm(), axis=1).max()
+        notice(name, path, f"its axes are sheared by {shear:.2f} degrees; the nearest orthogonal ones are used, at most {off_mm:.2f} mm off")
     return data, NativeSpace(path, image.header, affine, grid if shear > 0.5 else orthonormal_grid(grid))
 
 # %% ../nbs/02a_nifti.ipynb #7a952acb
@@ -281,12 +285,10 @@ def write_atomic(
     "Write a file so that it is there whole or not at all."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
-    try:
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as folder:
+        partial = Path(folder) / path.name
         writer(partial)
         os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 # %% ../nbs/02a_nifti.ipynb #02543c3d

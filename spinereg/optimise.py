@@ -191,6 +191,9 @@ def optimise(
             if step % 5 == 0:
                 bone = _bone(scene, level, fields[1])
             terms = loss_terms(*fields, level, scene.rigid, similarity, bone)
+            if not all(term.isfinite().all() for term in terms):
+                said = ", ".join(f"{name} {term.item():g}" for name, term in terms._asdict().items())
+                raise FloatingPointError(f"the loss is not finite at {level.grid.spacing_mm[0]:g} mm, step {step} ({said}); a smaller step_mm helps")
             optimiser.zero_grad()
             (torch.cat(terms) * weights).sum().backward()
             optimiser.step()

@@ -102,12 +102,12 @@ def search_points(
     count: int = 16000,
     spacing_mm: float = 4.0,
 ) -> SearchPoints:
-    "Random voxels of the moving image, near bone where labels tell."
+    "Random voxels of the moving image, near bone where labels tell; everywhere where they are too small to show."
     image, grid = coarsen(moving[None, None], moving_grid, spacing_mm)
     near = torch.ones(grid.shape, dtype=torch.bool, device=moving.device)
     if bone is not None:
         near = F.max_pool3d(coarsen((bone > 0).to(moving)[None, None], moving_grid, spacing_mm)[0], 9, 1, 4)[0, 0] > 0.3
-    index = near.nonzero()
+    index = (near if near.any() else torch.ones_like(near)).nonzero()
     index = index[torch.randperm(len(index), generator=generator)[:count].to(index.device)]
     points = transform_points(grid.affine, index.to(moving))
     return SearchPoints(points, image[0, 0][tuple(index.T)], points.mean(0))

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -51,16 +52,17 @@ def check_settings(
     choices |= dict.fromkeys(("moving_modality", "fixed_modality"), ("auto", "ct", "mr"))
     wrong = [f"{name}={given[name]!r}: expected one of {', '.join(known)}" for name, known in choices.items() if given[name] not in known]
     ways, levels, steps = ("header", "centres", "labels", "search", "auto"), given["levels"], given["steps"]
-    if given["prealign"] not in ways and not Path(given["prealign"]).is_file():
+    if given["prealign"] not in ways and not Path(str(given["prealign"])).is_file():
         wrong.append(f"prealign={given['prealign']!r}: expected one of {', '.join(ways)}, or an existing transform file")
     if given["prealign"] == "labels" and None in (given["fixed_labels"], given["moving_labels"]):
         wrong.append("prealign='labels': expected fixed_labels and moving_labels")
-    if not 0.2 <= given["spacing_mm"] <= 5:
-        wrong.append(f"spacing_mm={given['spacing_mm']}: expected 0.2 to 5")
+    for name, low, high in (("spacing_mm", 0.2, 5), ("step_mm", 1e-3, 10), *((name, 0, 1e6) for name in given if name.startswith("weight_"))):
+        if not isinstance(given[name], Real) or not low <= given[name] <= high:
+            wrong.append(f"{name}={given[name]!r}: expected a number from {low:g} to {high:g}")
     if not levels or len(levels) != len(steps) or min(*levels, *steps) < 1 or any(int(count) != count for count in steps):
         wrong.append(f"levels={levels}, steps={steps}: expected one whole number of steps for each level, all at least 1")
-    numbers = ["step_mm", *(name for name in given if name.startswith("weight_"))]
-    wrong += [f"{name}={given[name]}: expected 0 or more" for name in numbers if not given[name] >= 0]
+    elif list(levels) != sorted(levels, reverse=True):
+        wrong.append(f"levels={levels}: expected coarse to fine, such as (4, 2, 1)")
     for side in ("moving", "fixed"):
         try:
             scheme_table(given[f"{side}_scheme"])
@@ -91,28 +93,29 @@ def register(
     steps: tuple | list = (60, 60, 25),  # optimiser steps per level
     step_mm: float = 0.3,  # first step length of each level
     weight_diffusion: float = 3.0,  # smoothness of the velocity
-    weight_oc: float = 3.0,  # orthonormality of bone
-    weight_pc: float = 3.0,  # properness (volume) of bone
+    weight_oc: float = 3.0,  # orthonormality of bone; 0.03 of it before the finest level
+    weight_pc: float = 3.0,  # properness (volume) of bone; likewise
     weight_rf: float = 0.3,  # rigid field of bone, per mm
     on_step: Callable[[dict], None] | None = None,  # called with every row of the history
 ) -> Registration:
     "Register a moving to a fixed image: soft tissue deforms, every labelled vertebra stays rigid."
     parameters = {name: value for name, value in locals().items() if name != "on_step"}
     check_settings(parameters)
+    levels, steps = tuple(map(float, levels)), tuple(map(int, steps))
+    parameters |= {"levels": levels, "steps": steps}
     where, clock = choose_device(device), Clock()
     if out_dir is not None:
-        Path(out_dir).mkdir(parents=True, exist_ok=True)
+        write_atomic(Path(out_dir) / "metrics.json.tmp", Path.touch).unlink()
     pair = read_pair(fixed, moving, moving_labels, fixed_labels, landmarks, moving_modality, fixed_modality, moving_scheme, fixed_scheme)
     clock.lap("read")
+    warn_memory(pair, spacing_mm, where)
     start = rigid_start(pair, prealign, seed)
     print(f"pre-alignment: {start.how}; overlap {start.overlap_before:.0%} by the headers, {start.overlap_after:.0%} now")
     scene = make_scene(pair, start.matrix, where)
     grid = working_grid(scene, spacing_mm)
     clock.lap("prealign")
     print(f"working grid: {grid}, on {where.type}" + ("" if scene.labels else "; rigidity off: no labels"))
-    warn_memory(grid, where)
-    pyramid = tuple(map(float, levels)), tuple(map(int, steps))
-    found = optimise(scene, grid, similarity, *pyramid, step_mm, weight_diffusion, weight_oc, weight_pc, weight_rf, on_step)
+    found = optimise(scene, grid, similarity, levels, steps, step_mm, weight_diffusion, weight_oc, weight_pc, weight_rf, on_step)
     transform = finish(found.velocity, found.grid, start.matrix)
     clock.lap("optimise")
     result = evaluate(pair, start, transform, scene, grid, found.history)
@@ -124,17 +127,23 @@ def register(
 
 # %% ../nbs/15_registration.ipynb #91900e0f
 def memory_gb(
-    grid: Grid,  # working grid
+    pair: Pair,
+    spacing_mm: float,  # of the working grid
 ) -> float:
     "Memory that a registration takes, roughly."
-    return 0.8 + 0.55e-6 * float(np.prod(grid.shape))
+    box_mm3 = [np.prod(pair.fixed.grid.shape * pair.fixed.grid.spacing_mm)]
+    if pair.moving_labels is not None:
+        place = pair.moving_labels.data.nonzero()
+        extent = (place.amax(0) - place.amin(0) + 1).numpy() * pair.moving_labels.grid.spacing_mm
+        box_mm3.append(np.prod(extent + 2 * 20.0))
+    return float(0.8 + 0.55e-6 * min(box_mm3) / spacing_mm**3 + 24e-9 * (pair.fixed.data.numel() + pair.moving.data.numel()))
 
 
-def warn_memory(grid: Grid, device: torch.device) -> None:
+def warn_memory(pair: Pair, spacing_mm: float, device: torch.device) -> None:
     "Print a notice where the memory may not be enough."
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    if memory_gb(grid) > free / 1e9:
-        print(f"this may take {memory_gb(grid):.1f} GB, and {free / 1e9:.1f} GB are free; a larger spacing_mm needs less")
+    if (needed := memory_gb(pair, spacing_mm)) > free / 1e9:
+        print(f"this may take {needed:.1f} GB, and {free / 1e9:.1f} GB are free; a larger spacing_mm needs less")
 
 # %% ../nbs/15_registration.ipynb #7e3c2796
 def make_scene(

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['move_image', 'vertebra_table', 'touches_border', 'compare_labels', 'measure_field', 'Registration', 'rigidity_means',
-           'summarise', 'likeness', 'evaluate', 'make_view', 'save', 'environment']
+           'doubts', 'summarise', 'likeness', 'evaluate', 'make_view', 'save', 'write_files', 'environment']
 
 # %% ../nbs/14_results.ipynb #5e830d6b
 import json
+import os
 import platform
+import tempfile
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -26,7 +28,7 @@ from .fields import inside, jacobian, read_index, warp, warp_labels
 from .geometry import Grid, sample_index, transform_points
 from .metrics import diffeomorphism, label_agreement, landmark_errors, regularity, round_trip
 from .motion import Rigidity, bone_contacts, label_centres_mm, neighbour_motions, pose, vertebra_axes, vertebra_rigidity, world_motions
-from .nifti import write_atomic, write_image
+from .nifti import write_image
 from .optimise import Scene, overlap_mask
 from .pairs import Pair
 from .penalties import bone_voxels, determinant, rigid_dice, rigid_motions
@@ -96,12 +98,13 @@ def compare_labels(
     common = [name for name in moving_names if name in fixed_names]
     lists = (moved, moving_names), (fixed, fixed_names)
     one, other = (sum((k + 1) * (data == own.index(name) + 1).int() for k, name in enumerate(common)) for data, own in lists)
-    left = {"only_moving": [n for n in moving_names if n not in common], "only_fixed": [n for n in fixed_names if n not in common]}
+    left = {"only_moving": [n for n in moving_names if n not in common], "only_fixed": [n for n in fixed_names if n not in common], "missing": []}
     if not common:
         return pd.DataFrame(), left
     rows, mean = label_agreement(one, other, grid.spacing_mm, common)
     if not rows:
         return pd.DataFrame(), left
+    left["missing"] = [row.vertebra for row in rows if row.missing]
     return pd.DataFrame(rows).set_index("vertebra").drop(columns="missing"), mean._asdict() | left
 
 # %% ../nbs/14_results.ipynb #617c6897
@@ -173,13 +176,34 @@ def rigidity_means(
     return {f"{name}_{kind}_{words[name]}": float(getattr(column, kind)()) for name, column in columns.items() for kind in ("mean", "max")}
 
 
+def doubts(
+    metrics: dict,  # as in `Registration`
+) -> list[str]:
+    "What speaks against a result; empty where nothing that was measured does."
+    labels, likeness, found = metrics["labels"], metrics["local_correlation"], []
+    if labels.get("missing"):
+        found.append(f"{len(labels['missing'])} fixed vertebrae ({', '.join(labels['missing'])}) have no counterpart at all (n_missing)")
+    if labels.get("dice", 1.0) < max(0.5, labels.get("start_dice", 0.0)):
+        found.append(f"the Dice with the fixed labels is {labels['dice']:.2f}")
+    for group in metrics["landmarks"]:
+        if group["group"] in ("bone", "soft tissue") and group["mean_mm"] > group["start_mean_mm"]:
+            found.append(f"landmarks on {group['group']} are further apart than at the start")
+    if not likeness["now"] > likeness["prealigned"]:
+        found.append("the images are no more alike than after pre-alignment")
+    elif likeness["now"] < 0.1:
+        found.append(f"the images are hardly alike (mean squared local correlation {likeness['now']:.2f})")
+    if metrics["field"]["n_folded"] + metrics["field"]["ndv"]["n_failing"]:
+        found.append("the map folds")
+    return found
+
+
 def summarise(
     vertebrae: pd.DataFrame,  # as in `Registration`
     metrics: dict,  # as in `Registration`
 ) -> str:
     "A result in plain words."
-    field = metrics["field"]
-    words = []
+    field, against = metrics["field"], doubts(metrics)
+    words = [f"NOT TO BE TRUSTED before a look at the pictures: {'; '.join(against)}."] if against else []
     if len(vertebrae):
         span, moved = f"{vertebrae.index[0]} to {vertebrae.index[-1]}", vertebrae.distance_mm
         words.append(f"{len(vertebrae)} vertebrae ({span}) moved by {moved.min():.1f} to {moved.max():.1f} mm.")
@@ -187,24 +211,27 @@ def summarise(
             far, turn = vertebrae.relative_distance_mm.max(), vertebrae.relative_angle_deg.max()
             words.append(f"Neighbours moved against each other by up to {far:.1f} mm and {turn:.1f} degrees.")
         rms, change = metrics["rigidity"]["residual_rms_max_mm"], metrics["rigidity"]["volume_change_max_percent"]
-        words.append(f"Every vertebra is rigid to {rms:.2f} mm (worst RMS), its volume kept to {change:.1f} %.")
+        words.append(f"Each of them is rigid to {rms:.2f} mm (worst RMS), its volume kept to {change:.1f} %.")
     else:
         words.append("Rigidity is off: no labels in view.")
-    slivers = [f"{name} ({seen:.0f} % in view)" for name, seen in metrics["seen_percent"].items() if name not in vertebrae.index and seen > 0]
+    slivers = [f"{name} ({seen:.0f} % in view)" for name, seen in metrics["seen_percent"].items() if name not in vertebrae.index]
     if slivers:
-        words.append(f"Too little is in view of {', '.join(slivers)}: left out.")
+        words.append(f"Too little of the moving labels is in view of {', '.join(slivers)}: left out.")
     folds = field["n_folded"] + field["ndv"]["n_failing"]
     counts = f"{field['n_folded']} voxels by central, {field['ndv']['n_failing']} by one-sided differences"
     words.append("The map does not fold." if folds == 0 else f"The map FOLDS: {counts}.")
     likeness = metrics["local_correlation"]
-    words.append(f"Local correlation of the images: {likeness['prealigned']:.2f} after pre-alignment, {likeness['now']:.2f} now.")
+    words.append(f"Mean squared local correlation of the images: {likeness['prealigned']:.2f} after pre-alignment, {likeness['now']:.2f} now.")
     for group in metrics["landmarks"]:
         if group["group"] in ("bone", "soft tissue"):
             start, now, p95 = (group[name] for name in ("start_mean_mm", "mean_mm", "p95_mm"))
             words.append(f"Landmarks on {group['group']}: {start:.1f} mm apart at the start, {now:.2f} mm now (95 %: {p95:.2f} mm).")
     if "dice" in metrics["labels"]:
         start, now = metrics["labels"]["start_dice"], metrics["labels"]["dice"]
-        words.append(f"Dice with the fixed labels: {start:.2f} at the start, {now:.2f} now.")
+        words.append(f"Dice with the fixed labels: {start:.2f} at the start, {now:.2f} now ({metrics['labels']['n_missing']} missing).")
+    for side in ("moving", "fixed"):
+        if only := metrics["labels"].get(f"only_{side}"):
+            words.append(f"Labelled in the {side} image only, and not compared: {', '.join(only)}.")
     return " ".join(words)
 
 # %% ../nbs/14_results.ipynb #c90ed8cd
@@ -308,29 +335,38 @@ def save(
     result: Registration,
     out_dir: str | Path,  # made when missing
 ) -> Path:
-    "Write every result file into a folder, each atomically."
-    folder = Path(out_dir)
-    (folder / "vertebrae").mkdir(parents=True, exist_ok=True)
+    "Write every result file into a folder: all of them aside first, then each in its place."
+    done = Path(out_dir)
+    done.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=done) as aside:
+        write_files(result, Path(aside))
+        for old in [done / "moved_labels.nii.gz", *(done / "vertebrae").glob("*.tfm")]:
+            old.unlink(missing_ok=True)
+        (done / "vertebrae").mkdir(exist_ok=True)
+        for path in Path(aside).rglob("*.*"):
+            os.replace(path, done / path.relative_to(aside))
+    return done
+
+
+def write_files(
+    result: Registration,
+    folder: Path,  # empty
+) -> None:
+    "Write every result file."
+    (folder / "vertebrae").mkdir()
     write_transform(folder, result.transform)
     native = result.pair.fixed.native
     to_lps = torch.as_tensor(FLIP[:3, :3] @ native.grid.axes).to(result.moved)
     total = torch.einsum("ab,nbijk->ijka", to_lps, result.transform.displacement(native.grid))
     write_image(folder / "disp.nii.gz", total, native, intent="vector")
     write_image(folder / "moved.nii.gz", result.moved, native)
-    for old in [folder / "moved_labels.nii.gz", *(folder / "vertebrae").glob("*.tfm")]:
-        old.unlink(missing_ok=True)
     if result.moved_labels is not None:
         write_labels(folder / "moved_labels.nii.gz", result.moved_labels, result.pair.moving_labels.values, native)
     for name, motion in result.metrics["motions"].items():
         write_itk(folder / "vertebrae" / f"{name}.tfm", itk_affine(np.array(motion)))
-    write_atomic(folder / "vertebrae.csv", partial(result.vertebrae.to_csv, float_format="%.6g"))
-    write_atomic(folder / "metrics.json", partial(_write_json, result.metrics))
-    write_atomic(folder / "overview.png", partial(result.overview().savefig, dpi=110))
-    return folder
-
-
-def _write_json(content: dict, path: Path) -> None:
-    path.write_text(json.dumps(content, indent=1))
+    result.vertebrae.to_csv(folder / "vertebrae.csv", float_format="%.6g")
+    (folder / "metrics.json").write_text(json.dumps(result.metrics, indent=1))
+    result.overview().savefig(folder / "overview.png", dpi=110)
 
 # %% ../nbs/14_results.ipynb #de154a5f
 def environment(

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .fields import invert, warp
+from .fields import compose, invert, warp
 from .geometry import Grid, sample_index, transform_points
 
 # %% ../nbs/10_transforms.ipynb #17df8c7f
@@ -121,9 +121,18 @@ def read_transform(
     beside = path.with_name("inverse.h5")
     if path.name == "transform.h5" and beside.is_file():
         inverse_grid, disp_inv, back = _read_composite(beside, field_first=False)
-        if inverse_grid.same_as(grid) and np.allclose(back @ rigid, np.eye(4), atol=1e-4):
+        if inverse_grid.same_as(grid) and np.allclose(back @ rigid, np.eye(4), atol=1e-4) and _comes_back(disp, disp_inv, grid):
             return SpineTransform(grid, disp, disp_inv, rigid)
-    return SpineTransform(grid, disp, invert(disp, grid), rigid)
+    disp_inv = invert(disp, grid)
+    if not _comes_back(disp, disp_inv, grid):
+        raise ValueError(f"{path}: has no inverse to 0.5 mm, and none that fits lies beside it; keep inverse.h5 of the same run in the same folder")
+    return SpineTransform(grid, disp, disp_inv, rigid)
+
+
+def _comes_back(disp: Float[Tensor, "1 3 i j k"], disp_inv: Float[Tensor, "1 3 i j k"], grid: Grid) -> bool:
+    "Whether 99 % of the moved points come back to within 0.5 mm."
+    left = compose(disp_inv, disp, grid).norm(dim=1)[disp.norm(dim=1) > 0.1]
+    return not len(left) or float(left.kthvalue(1 + int(0.99 * (len(left) - 1)))[0]) <= 0.5
 
 
 def _read_composite(path: Path, field_first: bool) -> tuple[Grid, Tensor, np.ndarray]:

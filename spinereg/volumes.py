@@ -29,6 +29,8 @@ def finite(
     name: str,  # which input
 ) -> np.ndarray:  # (i, j, k) float32 without NaN or infinity
     "Replace a few voxels that are no number by the background; refuse many, and refuse a constant image."
+    with np.errstate(over="ignore"):
+        data = data.astype(np.float32)
     bad = ~np.isfinite(data)
     if bad.any():
         background = 0 if bad.all() else data[~bad].min()
@@ -40,7 +42,6 @@ def finite(
             raise InputError(Problem(name, str(path), reason, "Find the step that made them; fill what is outside the scan with the background."))
         notice(name, path, f"{bad.sum()} voxels ({bad.mean():.2%}) are NaN or infinite; set to the background {background:g}")
         data = np.where(bad, background, data)
-    data = data.astype(np.float32)
     if data.min() == data.max():
         raise InputError(Problem(name, str(path), f"every voxel is {data.min():g}", "An image was expected; export it again."))
     return data

@@ -274,3 +274,18 @@ def test_rows_are_plain_numbers():
     found = [rows[0], mean, ours(linear_field(HALVED), GRID), diffeomorphism(linear_field(HALVED), GRID)]
     found += landmark_errors(np.zeros((1, 3)), np.ones((1, 3)), ["L1"])
     assert json.loads(json.dumps([row._asdict() for row in found], allow_nan=False))
+
+
+def test_nan_does_not_pass_for_a_map_that_does_not_fold():
+    grid = Grid((6, 6, 6), np.eye(4))
+    assert regularity(torch.full((1, 6, 6, 6), torch.nan)).n_folded == 216
+    assert diffeomorphism(torch.full((1, 3, 6, 6, 6), torch.nan), grid).n_failing == 64
+
+
+def test_C14_losing_a_vertebra_is_never_better_than_missing_its_place():
+    fixed = torch.zeros(20, 20, 60, dtype=torch.int32)
+    fixed[5:15, 5:15, 2:8] = 1
+    far = torch.zeros_like(fixed)
+    far[5:15, 5:15, 50:56] = 1
+    lost, placed = (label_agreement(moved, fixed, np.ones(3), ["L1"])[1] for moved in (torch.zeros_like(fixed), far))
+    assert lost.hd95_mm > placed.hd95_mm and lost.assd_mm > placed.assd_mm

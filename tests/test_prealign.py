@@ -78,11 +78,18 @@ def test_A5_the_search_reaches_over_its_stated_capture_range(pair, seed):
     rng = np.random.default_rng(seed)
     away = np.eye(4)
     turn = rng.normal(size=3)
-    away[:3, :3] = Rotation.from_rotvec(np.deg2rad(0.6 * CAPTURE_DEG) * turn / np.linalg.norm(turn)).as_matrix()
+    away[:3, :3] = Rotation.from_rotvec(np.deg2rad(0.9 * CAPTURE_DEG) * turn / np.linalg.norm(turn)).as_matrix()
     centre, step = pair.moving.grid.centre_mm, rng.normal(size=3)
-    away[:3, 3] = centre - away[:3, :3] @ centre + 0.6 * CAPTURE_MM * step / np.linalg.norm(step)
+    away[:3, 3] = centre - away[:3, :3] @ centre + 0.9 * CAPTURE_MM * step / np.linalg.norm(step)
     there = moved_header(pair, away)
     assert bone_error_mm(there, rigid_start(there, "search").matrix) < 4
+
+
+def test_labels_too_small_to_show_do_not_blind_the_search(pair):
+    tiny = torch.zeros_like(pair.moving_labels.data)
+    tiny[30:33, 60:63, 80:83] = 1
+    found = search(normalise(pair.fixed, "mr"), pair.fixed.grid, normalise(pair.moving, "ct"), pair.moving.grid, tiny, candidates=200)
+    assert np.isfinite(found).all()
 
 
 def test_A1_the_search_turns_with_the_world(pair):

@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import nibabel as nib
@@ -360,8 +361,7 @@ def test_B2_a_sliver_of_a_vertebra_has_no_row_and_is_named(tmp_path):
 
 def test_the_rigid_dice_of_a_rigid_result_is_one(done):
     result, _ = done
-    assert 0.9 < result.metrics["rigidity"]["rigid_dice"] <= 1
-    assert result.metrics["rigidity"]["volume_change_max_percent"] == result.vertebrae.volume_change_percent.max()
+    assert 0.96 < result.metrics["rigidity"]["rigid_dice"] <= 1
     assert result.metrics["local_correlation"]["now"] > result.metrics["local_correlation"]["prealigned"]
 
 
@@ -387,7 +387,40 @@ def test_A3_filled_voxels_are_no_data(tmp_path):
 
 
 def test_a_grid_larger_than_the_memory_is_said_before_work_starts(capsys):
-    warn_memory(Grid((9000, 9000, 9000), np.eye(4)), torch.device("cpu"))
+    given = files("easy_0")
+    pair = read_pair(given["fixed"], given["moving"], given["moving_labels"])
+    capsys.readouterr()
+    warn_memory(pair, 0.05, torch.device("cpu"))
     assert "larger spacing_mm" in capsys.readouterr().out
-    warn_memory(Grid((20, 20, 20), np.eye(4)), torch.device("cpu"))
+    warn_memory(pair, 3.0, torch.device("cpu"))
     assert not capsys.readouterr().out
+
+
+def test_a_failed_registration_does_not_read_like_a_good_one(tmp_path):
+    """C14: started 70 mm off, the result says so first, and names the vertebrae that are gone."""
+    given = files("easy_0")
+    off = sitk.TranslationTransform(3, (0.0, 0.0, 70.0))
+    sitk.WriteTransform(sitk.AffineTransform(np.eye(3).ravel().tolist(), off.GetOffset()), str(tmp_path / "off.tfm"))
+    labels, marks = given["moving_labels"], given["landmarks"]
+    result = register(given["fixed"], given["moving"], labels, given["fixed_labels"], marks, prealign=str(tmp_path / "off.tfm"), **QUICK)
+    text = result.summary()
+    assert text.startswith("NOT TO BE TRUSTED") and "further apart" in text and "n_missing" in text
+    gone = set(result.metrics["seen_percent"]) - set(result.vertebrae.index)
+    assert gone and all(f"{name} (" in text for name in gone)
+
+
+def test_numbers_of_numpy_are_settings_too(tmp_path):
+    given = files("easy_0")
+    quick = QUICK | {"levels": np.array([2, 1]), "steps": np.array([2, 2]), "spacing_mm": np.float32(4.0)}
+    result = register(given["fixed"], given["moving"], given["moving_labels"], out_dir=tmp_path / "out", **quick)
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["parameters"]["steps"] == [2, 2]
+    assert result.metrics["parameters"]["levels"] == (2.0, 1.0)
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_any_work(tmp_path):
+    (tmp_path / "out").write_text("a file")
+    given = files("easy_0")
+    began = time.perf_counter()
+    with pytest.raises(OSError, match="out"):
+        register(given["fixed"], given["moving"], out_dir=tmp_path / "out" / "deeper", **QUICK)
+    assert time.perf_counter() - began < 5

@@ -123,3 +123,22 @@ def test_displacement_is_the_map_minus_the_identity(phi):
     x = grid.points_mm(torch.zeros(1, dtype=torch.float64))
     assert (x + total - phi.points(x)).abs().max() < 1e-3
     assert sample_index(phi.disp, torch.zeros(1, 1, 3)).abs().max() < 1e-5
+
+
+def test_the_inverse_of_another_run_is_not_taken(phi, tmp_path):
+    """A8: same grid and rigid part, other displacement: the inverse is worked out anew, to half a millimetre."""
+    write_transform(tmp_path, SpineTransform(phi.grid, phi.disp, phi.disp_inv * 0.5, phi.rigid))
+    x = inside_points(phi)
+    for folder in (tmp_path, tmp_path / "alone"):
+        folder.mkdir(exist_ok=True)
+        if folder != tmp_path:
+            (tmp_path / "transform.h5").rename(folder / "transform.h5")
+        again = read_transform(folder)
+        assert (again.inverse_points(again.points(x)) - x).norm(dim=1).max() < 0.5
+
+
+def test_a_map_without_inverse_is_refused(phi, tmp_path):
+    folded = SpineTransform(phi.grid, 8 * phi.disp, -8 * phi.disp, phi.rigid)
+    write_transform(tmp_path, folded)
+    with pytest.raises(ValueError, match="has no inverse"):
+        read_transform(tmp_path)
