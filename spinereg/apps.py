@@ -39,7 +39,7 @@ def given_parameters(
 ) -> dict:  # name -> value
     "The parameters of an app, checked against the function that takes them."
     known = inspect.signature(function).parameters
-    shell = {"In", "Out", "exit", "quit", "open", "get_ipython", "parameters", "result"}
+    shell = {"In", "Out", "exit", "quit", "open", "get_ipython", "given", "parameters", "result"}
     mine = {name: value for name, value in namespace.items() if not (name.startswith("_") or name in shell)}
     values = {name: value for name, value in mine.items() if not (inspect.ismodule(value) or callable(value))}
     wrong = [f"{name} is not a parameter" for name in values if name not in known]
