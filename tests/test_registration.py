@@ -411,7 +411,7 @@ def test_a_failed_registration_does_not_read_like_a_good_one(tmp_path):
 
 def test_numbers_of_numpy_are_settings_too(tmp_path):
     given = files("easy_0")
-    quick = QUICK | {"levels": np.array([2, 1]), "steps": np.array([2, 2]), "spacing_mm": np.float32(4.0)}
+    quick = QUICK | {"levels": tuple(np.array([2, 1])), "steps": tuple(np.array([2, 2])), "spacing_mm": np.float64(4.0)}
     result = register(given["fixed"], given["moving"], given["moving_labels"], out_dir=tmp_path / "out", **quick)
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["parameters"]["steps"] == [2, 2]
     assert result.metrics["parameters"]["levels"] == (2.0, 1.0)
