@@ -232,7 +232,7 @@ def summarise(
     for side in ("moving", "fixed"):
         if only := metrics["labels"].get(f"only_{side}"):
             words.append(f"Labelled in the {side} image only, and not compared: {', '.join(only)}.")
-    return " ".join(words)
+    return "\n".join(words)
 
 # %% ../nbs/14_results.ipynb #c90ed8cd
 def likeness(
