@@ -175,7 +175,7 @@ def rigidity_means(
     columns = {name: vertebrae[f"{name}_{unit}"] for name, unit in words.items()}
     return {f"{name}_{kind}_{words[name]}": float(getattr(column, kind)()) for name, column in columns.items() for kind in ("mean", "max")}
 
-
+# %% ../nbs/14_results.ipynb #29a728aa
 def doubts(
     metrics: dict,  # as in `Registration`
 ) -> list[str]:
@@ -196,7 +196,7 @@ def doubts(
         found.append("the map folds")
     return found
 
-
+# %% ../nbs/14_results.ipynb #3ce2809c
 def summarise(
     vertebrae: pd.DataFrame,  # as in `Registration`
     metrics: dict,  # as in `Registration`
