@@ -39,7 +39,7 @@ setup(
     ],
     python_requires=f">={about['min_python']}",
     install_requires=about["requirements"].split(),
-    extras_require={extra: about[f"{extra}_requirements"].split() for extra in ("dev", "viewers")},
+    extras_require={extra: about[f"{extra}_requirements"].split() for extra in ("dev", "viewers", "wandb", "elastix")},
     cmdclass={"sdist": SourceWithSettings},
     packages=["spinereg", "spinereg.notebooks"],
     package_dir={"spinereg.notebooks": "nbs/apps"},
