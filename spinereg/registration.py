@@ -51,7 +51,7 @@ def check_settings(
     given: Mapping,  # arguments of `register` by name
 ) -> None:
     "Refuse settings that make no sense; one error names them all."
-    choices = {"method": ("optimise", "network"), "similarity": tuple(SIMILARITIES)}
+    choices = {"method": ("optimise", "network", "rigid"), "similarity": tuple(SIMILARITIES)}
     choices |= dict.fromkeys(("moving_modality", "fixed_modality"), ("auto", "ct", "mr"))
     wrong = [f"{name}={given[name]!r}: expected one of {', '.join(known)}" for name, known in choices.items() if given[name] not in known]
     ways, levels, steps = ("header", "centres", "labels", "search", "auto"), given["levels"], given["steps"]
@@ -167,7 +167,7 @@ def register(
     fixed_labels: str | Path | None = None,  # vertebrae of the fixed image, for measuring only
     landmarks: str | Path | None = None,  # CSV of matching points, for measuring only
     out_dir: str | Path | None = None,  # folder of the result files; None writes none
-    method: str = "optimise",  # how the velocity is found: "optimise" or "network"
+    method: str = "optimise",  # how the velocity is found: "optimise", "network", or "rigid" (pre-alignment alone)
     weights: str | Path | None = None,  # of the network: a file, or the folder that `fit` wrote
     polish: int = 0,  # optimiser steps after the network, on the finest level
     moving_modality: str = "auto",  # "auto", "ct" or "mr"
@@ -196,8 +196,8 @@ def register(
     trained = load_network(weights, choose_device(device)) if method == "network" else None
     prepared = prepare(**{name: value for name, value in parameters.items() if name in inspect.signature(prepare).parameters})
     scene, grid, start = prepared.scene, prepared.grid, None
-    if trained is not None:
-        start = ask_network(scene, grid, trained)
+    if method != "optimise":
+        start = ask_network(scene, grid, trained) if trained else (scene.fixed.new_zeros(1, 3, *grid.shape), grid)
         levels, steps = (levels[-1:], (polish,)) if polish else ((), ())
     found = optimise(scene, grid, similarity, levels, steps, step_mm, weight_diffusion, weight_oc, weight_pc, weight_rf, on_step, start)
     transform = finish(found.velocity, found.grid, prepared.start.matrix)

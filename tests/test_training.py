@@ -1,0 +1,320 @@
+"""Training: stages, checkpoints that can be gone on from, several processes, precision, losses that are not finite."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spinereg.data import PrepareCase, case_dataset, find_cases
+from spinereg.labels import VERTEBRAE
+from spinereg.networks import UNet, load_network
+from spinereg.training import (
+    PRESETS,
+    Learner,
+    check_fit,
+    fit,
+    grid_of,
+    learn,
+    learns_nothing,
+    load_checkpoint,
+    loss_terms,
+    make_accelerator,
+    mean_dice,
+    move_batch,
+    on_device,
+    score,
+    stage_weights,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICK = {"spacing_mm": 5.0, "crop": (13, 19, 32), "crops_per_case": 1, "prealign": "header", "logger": "none", "device": "cpu", "learning_rate": 1e-3}
+QUICK |= {"similarity": "lncc", "validate_every": 2}
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory):
+    "Two cases to train on and one to validate on, prepared once."
+    folder = tmp_path_factory.mktemp("cases")
+    for place in ("train/easy_6", "train/easy_7", "val/easy_5"):
+        shutil.copytree(ROOT / "data_samples" / place, folder / place)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def quick(cases):
+    return QUICK | {"data_dir": cases, "cache_dir": cases / "prepared"}
+
+
+@pytest.fixture(scope="module")
+def four(quick, tmp_path_factory):
+    "Two epochs of either stage in one go."
+    out = tmp_path_factory.mktemp("four")
+    return out, fit(out_dir=out, epochs_similarity=2, epochs_rigidity=2, **quick)
+
+
+def state(folder):
+    return torch.load(folder / "last.pt", weights_only=True)
+
+
+def equal(a, b):
+    "Whether two nested states are the same to the last bit."
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def run(code, *args, timeout=300, **kwargs):
+    return subprocess.run([sys.executable, *args, code], capture_output=True, text=True, timeout=timeout, check=False, **kwargs)
+
+
+# resuming
+
+
+def test_c12_two_epochs_and_two_resumed_equal_four_bit_for_bit(four, quick, tmp_path):
+    """C12: weights, moments, schedule, random numbers and tables; the interruption lies between the stages."""
+    whole, _ = four
+    fit(out_dir=tmp_path, epochs_similarity=2, epochs_rigidity=0, **quick)
+    fit(out_dir=tmp_path, epochs_similarity=2, epochs_rigidity=2, resume=True, **quick)
+    one, other = state(whole), state(tmp_path)
+    assert all(equal(one[key], other[key]) for key in ("epoch", "network", "optimiser", "schedule", "random"))
+    for name in ("steps", "validation"):
+        pd.testing.assert_frame_equal(pd.read_csv(whole / f"{name}.csv"), pd.read_csv(tmp_path / f"{name}.csv"), check_exact=True)
+
+
+def test_c11_two_runs_are_bit_identical(four, quick, tmp_path):
+    """C11: the same seed gives the same network."""
+    again = fit(out_dir=tmp_path, epochs_similarity=2, epochs_rigidity=2, **quick)
+    assert equal(four[1].network.state_dict(), again.network.state_dict())
+
+
+def test_the_last_epoch_of_each_stage_is_kept_and_best_belongs_to_the_last_stage(four):
+    out, fitted = four
+    about = {name: load_network(out / f"{name}.safetensors").about["epoch"] for name in ("stage1", "best", "last")}
+    assert about["stage1"] == 2 and about["last"] == 4 and about["best"] == 4
+    assert fitted.weights == out / "best.safetensors"
+    assert set(fitted.epochs.stage) == {"similarity", "rigidity"} and fitted.epochs[fitted.epochs.epoch == 1].rigid_field.isna().all()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="the system has no SIGKILL")
+def test_c12_kill_at_any_moment_leaves_a_checkpoint_that_can_be_gone_on_from(quick, tmp_path):
+    """C12: killed at random moments (three; SPINEREG_KILLS for more), resumed each time."""
+    script = tmp_path / "train.py"
+    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in quick.items()}
+    script.write_text(f"import spinereg.training as t\nt.fit(out_dir={str(tmp_path / 'out')!r}, epochs_similarity=500, epochs_rigidity=0, resume=True, **{arguments})\n")
+    kills, done, dice = int(os.environ.get("SPINEREG_KILLS", 3)), 0, random.Random(0)
+    for _ in range(kills):
+        process = subprocess.Popen([sys.executable, script], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT)
+        last, limit = tmp_path / "out/last.pt", time.monotonic() + 120
+        before = last.stat().st_mtime_ns if last.exists() else 0
+        while (not last.exists() or last.stat().st_mtime_ns == before) and process.poll() is None and time.monotonic() < limit:
+            time.sleep(0.005)
+        time.sleep(dice.uniform(0, 1.5))
+        assert process.poll() is None, process.stderr.read().decode()
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        epoch = state(tmp_path / "out")["epoch"]
+        assert epoch > done and load_network(tmp_path / "out").spacing_mm == 5.0
+        done = epoch
+    fitted = fit(out_dir=tmp_path / "out", epochs_similarity=done + 1, epochs_rigidity=0, resume=True, **quick)
+    assert fitted.epochs.epoch.tolist() == list(range(1, done + 2)) and len(fitted.steps) == 2 * (done + 1)
+
+
+def test_a_training_is_never_overwritten_and_never_resumed_at_another_voxel_size(four, quick):
+    out, _ = four
+    with pytest.raises(ValueError, match="resume=True goes on"):
+        fit(out_dir=out, epochs_similarity=1, epochs_rigidity=0, **quick)
+    with pytest.raises(ValueError, match=r"spacing_mm=4.0, was 5.0"):
+        fit(out_dir=out, epochs_similarity=1, epochs_rigidity=0, resume=True, **(quick | {"spacing_mm": 4.0}))
+
+
+def test_e5_a_foreign_checkpoint_is_refused(tmp_path):
+    """E5: by the format written in it."""
+    torch.save({"format": "something else"}, tmp_path / "last.pt")
+    with pytest.raises(ValueError, match="something else"):
+        load_checkpoint(tmp_path / "last.pt", None, {})
+
+
+# one step
+
+
+@pytest.fixture
+def batch(cases):
+    item = case_dataset(find_cases(cases, "val")[0], PrepareCase(5.0, "header"), "disk", cases / "prepared")[0]
+    return {name: value[None] for name, value in item.items() if isinstance(value, torch.Tensor)} | {"case": ["val/easy_5"]}
+
+
+@pytest.fixture
+def learner():
+    accelerator = make_accelerator("cpu", "no", "none", Path())
+    torch.manual_seed(0)
+    network = UNet()
+    optimiser = torch.optim.Adam(network.parameters(), lr=1e-3)
+    return Learner(*accelerator.prepare(network, optimiser), torch.optim.lr_scheduler.ExponentialLR(optimiser, 0.999), accelerator)
+
+
+ALL = stage_weights({"weight_diffusion": 0.02, "weight_oc": 0.005, "weight_pc": 0.01, "weight_rd": 0.1, "weight_rf": 0.01})
+
+
+def test_a_step_is_adam_on_the_weighted_sum_of_the_terms(learner, batch):
+    """Against the same step written out with torch alone."""
+    plain = UNet()
+    plain.load_state_dict(learner.network.state_dict())
+    optimiser = torch.optim.Adam(plain.parameters(), lr=1e-3)
+    tensors = on_device(batch, torch.device("cpu"))
+    grid = grid_of(tensors, 5.0)
+    terms = loss_terms(move_batch(plain, tensors, grid), tensors, grid, "mind")
+    sum(ALL["rigidity"][name] * value.mean() for name, value in terms.items()).backward()
+    optimiser.step()
+    row = learn(learner, [batch], ALL["rigidity"], "mind", 5.0)
+    assert row["loss"] == pytest.approx(sum(ALL["rigidity"][name] * value.item() for name, value in terms.items()), rel=1e-6)
+    assert row["gradient_norm"] == pytest.approx(torch.cat([p.grad.flatten() for p in plain.parameters()]).norm().item(), rel=1e-5)
+    assert equal(plain.state_dict(), learner.network.state_dict())
+
+
+def test_c1_a_loss_that_is_not_finite_is_named_and_skipped_and_five_in_a_row_stop(learner, batch, capsys):
+    """C1: the weights stay, case and term are printed, the fifth in a row raises."""
+    spoilt = batch | {"fixed": batch["fixed"].clone().fill_(torch.nan)}
+    before = {name: value.clone() for name, value in learner.network.state_dict().items()}
+    for _ in range(4):
+        assert np.isnan(learn(learner, [spoilt], ALL["similarity"], "lncc", 5.0)["loss"])
+    said = capsys.readouterr().out
+    assert said.count("step skipped") == 4 and "val/easy_5" in said and "similarity nan" in said
+    assert equal(before, learner.network.state_dict())
+    learn(learner, [batch], ALL["similarity"], "lncc", 5.0)
+    assert learner.skipped == 0
+    with pytest.raises(FloatingPointError, match="val/easy_5.*fifth step in a row"):
+        for _ in range(5):
+            learn(learner, [spoilt], ALL["similarity"], "lncc", 5.0)
+
+
+def test_c2_mixed_precision_starts_with_the_same_loss(quick, four, tmp_path):
+    """C2: bfloat16 in the network, float32 in the losses: the first step's loss within 1 %."""
+    row = fit(out_dir=tmp_path, epochs_similarity=1, epochs_rigidity=0, mixed_precision="bf16", start=four[0], **quick).steps.iloc[0]
+    full = fit(out_dir=tmp_path / "full", epochs_similarity=1, epochs_rigidity=0, start=four[0], **quick).steps.iloc[0]
+    assert row.loss == pytest.approx(full.loss, rel=0.01) and row.loss != full.loss
+    assert row.displacement_mean_mm == pytest.approx(full.displacement_mean_mm, rel=0.1)
+
+
+def test_accumulated_batches_count_as_one_larger_batch(quick, tmp_path):
+    runs = [fit(out_dir=tmp_path / name, epochs_similarity=1, epochs_rigidity=0, **quick, **how) for name, how in (("sum", {"accumulate": 2}), ("batch", {"batch_size": 2}))]
+    assert runs[0].steps.loss[0] == pytest.approx(runs[1].steps.loss[0], rel=1e-5)
+    assert runs[0].steps.gradient_norm[0] == pytest.approx(runs[1].steps.gradient_norm[0], rel=1e-4)
+
+
+def test_two_processes_take_the_steps_of_one_with_twice_the_batch(quick, tmp_path):
+    """The loss of the first five steps, within 1e-5."""
+    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in quick.items()}
+    arguments |= {"epochs_similarity": 5, "epochs_rigidity": 0, "validate_every": 5}
+    script = tmp_path / "train.py"
+    script.write_text(f"import spinereg.training as t\nt.fit(out_dir={str(tmp_path / 'two')!r}, **{arguments})\n")
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = run(script, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one = fit(out_dir=tmp_path / "one", batch_size=2, **(quick | {"epochs_similarity": 5, "epochs_rigidity": 0, "validate_every": 5}))
+    two = pd.read_csv(tmp_path / "two/steps.csv")
+    assert len(two) == len(one.steps) == 5
+    np.testing.assert_allclose(two.loss, one.steps.loss, atol=1e-5)
+    np.testing.assert_allclose(two.displacement_max_mm, one.steps.displacement_max_mm, rtol=1e-3)
+
+
+# what is known of a training
+
+
+def test_b4_without_labels_of_the_fixed_image_the_loss_decides_and_without_any_rigidity_is_off(cases, tmp_path, capsys):
+    """B4: trains and validates without `mr_mask`, and with neither mask."""
+    for kept, what in (("ct_mask.nii.gz", "moving labels only"), (None, "none")):
+        folder = tmp_path / what
+        for place in ("train/easy_6", "val/easy_5"):
+            shutil.copytree(cases / place, folder / place)
+            for mask in ("ct_mask.nii.gz", "mr_mask.nii.gz"):
+                if mask != kept:
+                    (folder / place / mask).unlink()
+        fitted = fit(folder, folder / "out", epochs_similarity=1, epochs_rigidity=1, **QUICK)
+        assert fitted.validation.dice_after.isna().all() and np.isfinite(fitted.validation.loss).all()
+        assert score(fitted.validation[fitted.validation.epoch == 2]) == -fitted.validation.loss[fitted.validation.epoch == 2].mean()
+    assert "rigidity off: no labels" in capsys.readouterr().out
+    assert (fitted.steps.rigid_field.dropna() == 0).all()
+
+
+def test_c4_a_network_that_learns_nothing_is_told_from_one_that_does():
+    """C4: nothing moves; or things move and the images are no more alike."""
+    table = pd.DataFrame({"displacement_mean_mm": [0.02], "similarity_before": [0.5], "similarity_after": [0.5]})
+    assert "nothing moves" in learns_nothing(table)
+    assert "no more alike" in learns_nothing(table.assign(displacement_mean_mm=2.0))
+    assert learns_nothing(table.assign(displacement_mean_mm=2.0, similarity_after=0.4)) == ""
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 2**31 - 1))
+def test_mean_dice_is_the_mean_over_all_labels_that_one_of_the_maps_has(seed):
+    a, b = np.random.default_rng(seed).integers(0, 4, (2, 5, 4, 3))
+    each = [2 * ((a == k) & (b == k)).sum() / ((a == k).sum() + (b == k).sum()) for k in (1, 2, 3) if (a == k).any() or (b == k).any()]
+    assert mean_dice(torch.tensor(a), torch.tensor(b)) == pytest.approx(np.mean(each), rel=1e-6)
+
+
+def test_a_vertebra_that_is_lost_counts_as_zero():
+    fixed = torch.zeros(8, 8, 8, dtype=torch.int32)
+    fixed[:4], fixed[5:] = 1, 2
+    moved = torch.where(fixed == 1, 1, 0)
+    assert mean_dice(moved, fixed) == 0.5 and len(VERTEBRAE) > 2
+
+
+@pytest.mark.parametrize("logger", ["tensorboard", "wandb"])
+def test_epochs_are_logged(logger, quick, tmp_path, monkeypatch):
+    """TensorBoard reads the values back; Weights & Biases writes an offline run. CSV in any case."""
+    pytest.importorskip(logger)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    fitted = fit(out_dir=tmp_path / "out", epochs_similarity=2, epochs_rigidity=0, **(quick | {"logger": logger}))
+    assert len(pd.read_csv(tmp_path / "out/epochs.csv")) == 2
+    if logger == "wandb":
+        assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+        return
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(next((tmp_path / "out").rglob("events.*")).parent)).Reload()
+    values = [event.value for event in events.Scalars("loss")]
+    np.testing.assert_allclose(values, fitted.epochs.loss, rtol=1e-5)
+    assert "validation_dice_after" in events.Tags()["scalars"]
+
+
+# settings
+
+
+def test_a_preset_is_parameters_of_fit_and_trains(quick, tmp_path):
+    """All forty-eight are accepted; one of the full-resolution ones takes a step."""
+    import inspect
+
+    defaults = {name: p.default for name, p in inspect.signature(fit).parameters.items()}
+    for preset in PRESETS.values():
+        assert preset.keys() <= defaults.keys()
+        check_fit(defaults | preset)
+    chosen = PRESETS["mi_full_pc_rd"] | {"epochs_similarity": 0, "epochs_rigidity": 1}
+    assert np.isfinite(fit(out_dir=tmp_path, **(quick | chosen)).steps.loss).all()
+
+
+def test_all_wrong_settings_are_named_at_once(tmp_path):
+    with pytest.raises(ValueError, match="similarity='ssd'.*weight_oc=-1.*batch_size=0.*crop") as error:
+        fit(tmp_path, tmp_path, similarity="ssd", weight_oc=-1, batch_size=0, crop=(64, 64))
+    assert "expected one of lncc, mind, mi" in str(error.value)
+
+
+def test_a_split_without_cases_says_what_was_looked_for(tmp_path):
+    with pytest.raises(ValueError, match="no case found as .*train"):
+        fit(tmp_path, tmp_path / "out", **(QUICK | {"epochs_similarity": 1}))
