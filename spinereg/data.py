@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FILES', 'KINDS', 'REACH', 'NOTICE', 'KEPT', 'Case', 'Finding', 'find_case', 'find_cases', 'number_on', 'unfit',
-           'left_out', 'same_level', 'on_grid', 'PrepareCase', 'digests', 'describe_use', 'compare_cases', 'check',
+           'left_out', 'same_level', 'on_grid', 'digests', 'describe_use', 'PrepareCase', 'compare_cases', 'check',
            'content_hash', 'OnDisk', 'cache_gb', 'case_dataset', 'usable_cases', 'crop_transform', 'Crops']
 
 # %% ../nbs/17_data.ipynb #f45b6fe4
@@ -74,7 +74,7 @@ class Finding(NamedTuple):
     reason: str  # what was found
     fix: str  # what to do
 
-# %% ../nbs/17_data.ipynb #2b91025a
+# %% ../nbs/17_data.ipynb #0276eb4f
 def find_case(
     folder: Path,  # data_dir/split/name
 ) -> tuple[Case | None, list[Finding]]:  # None where an image is missing
@@ -96,7 +96,7 @@ def find_case(
     marks = str(folder / "landmarks.csv") if "landmarks.csv" in names else None
     return Case(folder.parent.name, folder.name, **paths, landmarks=marks) if paths["fixed"] and paths["moving"] else None, findings
 
-
+# %% ../nbs/17_data.ipynb #efcd22cd
 def find_cases(
     data_dir: str | Path,
     split: str,  # "train", "val" or "test"
@@ -116,7 +116,7 @@ def find_cases(
         findings.append(Finding("problem", split, str(folder), "data_dir", reason, "Give the folder that holds train, val and test."))
     return cases, findings
 
-# %% ../nbs/17_data.ipynb #ed4790c1
+# %% ../nbs/17_data.ipynb #4647b170
 def number_on(
     labels: Labels | None,
     grid: Grid,
@@ -128,7 +128,7 @@ def number_on(
     number = torch.tensor([0, *(VERTEBRAE.index(name) + 1 for name in labels.names)], dtype=torch.uint8)
     return number[warp_labels(labels.data[None], labels.grid, grid, world=world)[0].long()]
 
-
+# %% ../nbs/17_data.ipynb #21e983bb
 def unfit(
     labels: Integer[Tensor, "i j k"],
     grid: Grid,
@@ -162,7 +162,7 @@ def left_out(
             why |= {name: f"only the {side} image shows it" for name in maps[side].names if name not in maps[other].names}
     return {name: why[name] for name in VERTEBRAE if name in why}
 
-# %% ../nbs/17_data.ipynb #4b918a3c
+# %% ../nbs/17_data.ipynb #6a1ade7a
 REACH = 4  # voxels that the widest similarity, MIND, looks to each side
 
 
@@ -188,7 +188,23 @@ def on_grid(
     maps = {key: labels.masked_fill(torch.isin(labels, unused), 0) for key, labels in maps.items()}
     return {"fixed": level.fixed[0], "moving": level.moving[0], **maps, "mask": level.mask[0].to(torch.uint8), "left_out": why}
 
-# %% ../nbs/17_data.ipynb #842ea0b1
+# %% ../nbs/17_data.ipynb #ba5ccf02
+def digests(pair: Pair) -> dict[str, str]:
+    "SHA-256 of the voxels of both images."
+    return {key: hashlib.sha256(np.ascontiguousarray(getattr(pair, key).data)).hexdigest() for key in ("fixed", "moving")}
+
+
+def describe_use(
+    pair: Pair,
+    why: Mapping[str, str],  # from `left_out`
+) -> str:
+    "Which vertebrae of a pair are trained on, in a sentence."
+    if pair.moving_labels is None:
+        return "no vertebra is labelled in the moving image: similarity only, rigidity off"
+    names = [name for name in pair.moving_labels.names if name not in why]
+    return (", ".join(names) or "no vertebra") + "".join(f"; not {name} ({reason})" for name, reason in why.items())
+
+# %% ../nbs/17_data.ipynb #e7113779
 NOTICE = re.compile(rf"(?m)^({'|'.join([*FILES, 'landmarks', 'prealign'])}) (\S+): (?!\d+ = )(.+)$")  # what readers print, without the list of labels
 
 
@@ -222,23 +238,7 @@ class PrepareCase:
         findings += [notice for notice in told if not any(notice.reason.startswith(finding.reason) for finding in findings)]
         return item | {"case": at, "findings": list(map(tuple, findings))}
 
-
-def digests(pair: Pair) -> dict[str, str]:
-    "SHA-256 of the voxels of both images."
-    return {key: hashlib.sha256(np.ascontiguousarray(getattr(pair, key).data)).hexdigest() for key in ("fixed", "moving")}
-
-
-def describe_use(
-    pair: Pair,
-    why: Mapping[str, str],  # from `left_out`
-) -> str:
-    "Which vertebrae of a pair are trained on, in a sentence."
-    if pair.moving_labels is None:
-        return "no vertebra is labelled in the moving image: similarity only, rigidity off"
-    names = [name for name in pair.moving_labels.names if name not in why]
-    return (", ".join(names) or "no vertebra") + "".join(f"; not {name} ({reason})" for name, reason in why.items())
-
-# %% ../nbs/17_data.ipynb #70076b06
+# %% ../nbs/17_data.ipynb #f5be3c8b
 def compare_cases(
     items: Sequence[Mapping],  # from `PrepareCase`
 ) -> list[Finding]:
@@ -260,7 +260,7 @@ def compare_cases(
             findings.append(Finding("problem", at, f"{FILES[key]}.nii.gz", key, reason, fix))
     return findings
 
-
+# %% ../nbs/17_data.ipynb #add74d2a
 def check(
     data_dir: str | Path,  # folder with train, val and test
     splits: Sequence[str] = ("train", "val", "test"),
@@ -273,7 +273,7 @@ def check(
     splits = [splits] if isinstance(splits, str) else splits
     found = [find_cases(data_dir, split) for split in splits]
     cases, findings = [case for some, _ in found for case in some], [finding for _, said in found for finding in said]
-    prepare_case, items = PrepareCase(1.0, prealign, moving_scheme, fixed_scheme), []
+    prepare_case, items = PrepareCase(2.0, prealign, moving_scheme, fixed_scheme), []
     for case in tqdm(cases, "cases read", bar_format=PROGRESS, mininterval=5, file=sys.stdout):
         item = prepare_case(case)
         items.append({key: item[key] for key in ("case", "findings", "voxels") if key in item})
@@ -286,7 +286,7 @@ def check(
     print(f"{len(usable - bad)} of {len(cases)} cases are in order; problems: {problems}, notices: {notices}")
     return table
 
-# %% ../nbs/17_data.ipynb #5d419afa
+# %% ../nbs/17_data.ipynb #359ed1ce
 def content_hash(path: str | Path) -> str:
     "SHA-256 of a file."
     with open(path, "rb") as file:
@@ -321,7 +321,7 @@ class OnDisk:
             write_atomic(path, partial(torch.save, item))
         return torch.load(path, weights_only=True, mmap=True)
 
-# %% ../nbs/17_data.ipynb #dd65e132
+# %% ../nbs/17_data.ipynb #ca40e343
 def cache_gb(
     cases: Sequence[Case],
     spacing_mm: float,  # of the working grid
@@ -356,7 +356,7 @@ def case_dataset(
         return MonaiDataset([{key: value.clone() if isinstance(value, Tensor) else value for key, value in item.items()} for item in bar])
     return dataset
 
-# %% ../nbs/17_data.ipynb #25f5b467
+# %% ../nbs/17_data.ipynb #49859800
 def usable_cases(
     dataset: Dataset,  # from `case_dataset`
     split: str,  # for messages
@@ -376,7 +376,7 @@ def usable_cases(
         raise ValueError(f"none of the {len(dataset)} cases of {split} can be used; the reasons are above, and `spinereg.check` lists them for all")
     return good, table
 
-# %% ../nbs/17_data.ipynb #0ea2054e
+# %% ../nbs/17_data.ipynb #2bbfeb30
 def crop_transform(
     size: tuple[int, int, int],  # voxels
     spacing_mm: float,
@@ -384,23 +384,23 @@ def crop_transform(
     intensity_probability: float = 0.0,
 ) -> Callable[[dict], list[dict]]:  # a MONAI `Compose`
     "Random crop around a voxel of `centres`, with optional variation of pose and intensity."
-    from monai.transforms import Compose, EnsureTyped, RandAdjustContrastd, RandAffined, RandCropByPosNegLabeld, RandGaussianNoised, SpatialPadd
+    from monai import transforms
 
     images, maps = ["fixed", "moving"], ["labels", "fixed_labels", "mask", "measured"]
     modes = {"mode": ["bilinear", *["nearest"] * 3], "padding_mode": ["border", *["zeros"] * 3]}
     pose = {"rotate_range": [math.pi / 60] * 3, "translate_range": [3.0 / spacing_mm] * 3}
-    return Compose(
+    return transforms.Compose(
         [
-            RandAffined(["moving", "labels", "measured", "centres"], prob=affine_probability, **pose, **modes),
-            RandCropByPosNegLabeld(images + maps, "centres", size, pos=1, neg=0, num_samples=1, allow_smaller=True),
-            SpatialPadd(images + maps, size, mode=["edge"] * 2 + ["constant"] * 4),
-            *[RandAdjustContrastd([key], prob=intensity_probability, gamma=(0.7, 1.5)) for key in images],
-            *[RandGaussianNoised([key], prob=intensity_probability, std=0.02) for key in images],
-            EnsureTyped(images + maps, dtype=[torch.float32] * 2 + [torch.uint8] * 4, track_meta=False),
+            transforms.RandAffineDict(["moving", "labels", "measured", "centres"], prob=affine_probability, **pose, **modes),
+            transforms.RandCropByPosNegLabelDict(images + maps, "centres", size, pos=1, neg=0, num_samples=1, allow_smaller=True),
+            transforms.SpatialPadDict(images + maps, size, mode=["edge"] * 2 + ["constant"] * 4),
+            *[transforms.RandAdjustContrastDict([key], prob=intensity_probability, gamma=(0.7, 1.5)) for key in images],
+            *[transforms.RandGaussianNoiseDict([key], prob=intensity_probability, std=0.02) for key in images],
+            transforms.EnsureTypeDict(images + maps, dtype=[torch.float32] * 2 + [torch.uint8] * 4, track_meta=False),
         ]
     )
 
-# %% ../nbs/17_data.ipynb #73d8e5a8
+# %% ../nbs/17_data.ipynb #387cdfdd
 KEPT = ("fixed", "moving", "labels", "fixed_labels", "mask")  # what `PrepareCase` and `Crops` give of a case
 
 
@@ -437,5 +437,5 @@ class Crops(Dataset):
         item |= {"measured": item["mask"], "centres": bone if bone.any() else item["mask"]}
         self.transform.set_random_state(int(np.random.SeedSequence([self.seed, self.epoch, index, crop]).generate_state(1)[0]))
         done = self.transform(item)[0]
-        done |= {"mask": done["mask"] * done["measured"], "case": case["case"]}
-        return {key: done[key] for key in (*KEPT, "case")}
+        done["mask"] = done["mask"] * done["measured"]
+        return {key: done[key].clone(memory_format=torch.contiguous_format) for key in KEPT} | {"case": case["case"]}
