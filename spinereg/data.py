@@ -376,23 +376,24 @@ def usable_cases(
         raise ValueError(f"none of the {len(dataset)} cases of {split} can be used; the reasons are above, and `spinereg.check` lists them for all")
     return good, table
 
-# %% ../nbs/17_data.ipynb #2bbfeb30
+# %% ../nbs/17_data.ipynb #8ad25e94
 def crop_transform(
     size: tuple[int, int, int],  # voxels
     spacing_mm: float,
     affine_probability: float = 0.0,
     intensity_probability: float = 0.0,
 ) -> Callable[[dict], list[dict]]:  # a MONAI `Compose`
-    "Random crop around a voxel of `centres`, with optional variation of pose and intensity."
+    "Random crop around one of the voxels `inside`, with optional variation of pose and intensity."
     from monai import transforms
 
     images, maps = ["fixed", "moving"], ["labels", "fixed_labels", "mask", "measured"]
-    modes = {"mode": ["bilinear", *["nearest"] * 3], "padding_mode": ["border", *["zeros"] * 3]}
+    modes = {"mode": ["bilinear", "nearest", "nearest"], "padding_mode": ["border", "zeros", "zeros"]}
     pose = {"rotate_range": [math.pi / 60] * 3, "translate_range": [3.0 / spacing_mm] * 3}
+    drawn = {"fg_indices_key": "inside", "bg_indices_key": "outside", "allow_smaller": True}
     return transforms.Compose(
         [
-            transforms.RandAffineDict(["moving", "labels", "measured", "centres"], prob=affine_probability, **pose, **modes),
-            transforms.RandCropByPosNegLabelDict(images + maps, "centres", size, pos=1, neg=0, num_samples=1, allow_smaller=True),
+            transforms.RandAffineDict(["moving", "labels", "measured"], prob=affine_probability, **pose, **modes),
+            transforms.RandCropByPosNegLabelDict(images + maps, "labels", size, pos=1, neg=0, **drawn),
             transforms.SpatialPadDict(images + maps, size, mode=["edge"] * 2 + ["constant"] * 4),
             *[transforms.RandAdjustContrastDict([key], prob=intensity_probability, gamma=(0.7, 1.5)) for key in images],
             *[transforms.RandGaussianNoiseDict([key], prob=intensity_probability, std=0.02) for key in images],
@@ -400,7 +401,7 @@ def crop_transform(
         ]
     )
 
-# %% ../nbs/17_data.ipynb #387cdfdd
+# %% ../nbs/17_data.ipynb #89d478b8
 KEPT = ("fixed", "moving", "labels", "fixed_labels", "mask")  # what `PrepareCase` and `Crops` give of a case
 
 
@@ -433,8 +434,8 @@ class Crops(Dataset):
         index, crop = self.draws[place]
         case = self.cases[index]
         item = {key: case[key] for key in KEPT}
-        bone = item["labels"] > 0
-        item |= {"measured": item["mask"], "centres": bone if bone.any() else item["mask"]}
+        middles = item["labels"] if item["labels"].any() else item["mask"]
+        item |= {"measured": item["mask"], "inside": middles.flatten().nonzero()[:, 0], "outside": torch.zeros(1, dtype=torch.long)}
         self.transform.set_random_state(int(np.random.SeedSequence([self.seed, self.epoch, index, crop]).generate_state(1)[0]))
         done = self.transform(item)[0]
         done["mask"] = done["mask"] * done["measured"]
