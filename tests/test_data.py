@@ -457,7 +457,9 @@ def test_c10_a_case_smaller_than_a_crop_is_padded(item):
 
 def test_affine_moves_image_and_labels_together_and_leaves_the_fixed_side(item):
     """The CT's bone, thresholded, stays on its labels; the mask holds nothing that was not measured before."""
-    boxes = item | {"moving": (item["labels"] > 0).float()}
+    block = torch.zeros_like(item["mask"])
+    block[:, 5:20, 8:-8, 10:40] = 1
+    boxes = item | {"moving": (item["labels"] > 0).float(), "mask": block}
     size = tuple(item["fixed"].shape[1:])
     for seed in range(4):
         (crop,) = Crops(held(boxes), [0], crop_transform(size, 2.0, affine_probability=1.0), per_case=1, seed=seed)
@@ -468,7 +470,8 @@ def test_affine_moves_image_and_labels_together_and_leaves_the_fixed_side(item):
         assert shift_mm.abs().max() < 3 + 10 * np.tan(np.pi / 60)
         assert torch.equal(crop["fixed"], item["fixed"])
         assert torch.equal(crop["fixed_labels"], item["fixed_labels"])
-        assert not (crop["mask"].bool() & ~item["mask"].bool()).any()
+        assert not (crop["mask"].bool() & ~block.bool()).any()
+        assert 0.5 * block.sum() < crop["mask"].sum() < block.sum()
 
 
 def test_noise_of_the_two_images_is_their_own(item):
