@@ -2,6 +2,7 @@
 
 __version__ = "0.1.0"
 
+from .data import check
 from .registration import apply, register
 
-__all__ = ["apply", "register"]
+__all__ = ["apply", "check", "register"]

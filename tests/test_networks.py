@@ -1,0 +1,267 @@
+"The published networks and what their velocity does, against counted weights, explicit padding, averaged coordinates and matrix exponentials."
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from scipy.linalg import expm
+from scipy.ndimage import map_coordinates
+
+from spinereg import networks
+from spinereg.fields import resample_field
+from spinereg.geometry import Grid
+from spinereg.networks import UNet, find_weights, halvings, load_network, move, predict, save_weights, velocity_grid
+
+SMALL = {"encoder": (4, 4, 6, 6, 6), "decoder": 6, "last": (4, 4)}
+OBLIQUE = np.array([[1.1, 0.2, 0.1, -20], [-0.2, 1.0, 0.3, 5], [-0.05, -0.35, 3.0, 12], [0, 0, 0, 1]])
+BOTH = pytest.mark.parametrize("full", [False, True], ids=["half", "full"])
+
+
+def pair(*shape, batch=1, seed=0):
+    return torch.rand(2, batch, 1, *shape, generator=torch.Generator().manual_seed(seed))
+
+
+def awake(full=False):
+    "A small network whose last layer is not almost zero, so that its output can be compared."
+    torch.manual_seed(0)
+    network = UNet(full, **SMALL)
+    torch.nn.init.normal_(network.velocity.weight, std=0.1)
+    return network.eval()
+
+
+# the network
+
+
+@BOTH
+def test_network_has_the_published_weights(full):
+    """Channels of the paper: 2-32-32-64-64-64 down, 64 at each of three levels up (four at full resolution), 32-32, 3."""
+    convolutions = [(2, 32), (32, 32), (32, 64), (64, 64), (64, 64)]
+    convolutions += [(64 + 64, 64), (64 + 64, 64), (64 + 32, 64)] + [(64 + 32, 64)] * full
+    convolutions += [(64, 32), (32, 32), (32, 3)]
+    assert sum(p.numel() for p in UNet(full).parameters()) == sum(27 * a * b + b for a, b in convolutions)
+
+
+@BOTH
+def test_defects_8_and_9_nothing_but_weights_is_stored_and_they_fit_any_shape(full):
+    """C10: no grid and no buffer in the state; the same weights take two shapes; repr works."""
+    network = awake(full)
+    assert not list(network.buffers())
+    assert set(network.state_dict()) == {name for name, _ in network.named_parameters()}
+    with torch.no_grad():
+        assert network(*pair(16, 24, 20)).isfinite().all()
+        assert network(*pair(21, 9, 30)).isfinite().all()
+    other = UNet(full, **SMALL)
+    other.load_state_dict(network.state_dict())
+    assert "Conv3d(2, 4" in repr(other)
+
+
+@BOTH
+def test_an_untrained_network_moves_nothing(full):
+    with torch.no_grad():
+        velocity = UNet(full)(*pair(16, 16, 16))
+    assert 0 < velocity.abs().max() < 1e-3
+
+
+@BOTH
+@pytest.mark.parametrize("shape", [(14, 33, 50), (8, 8, 8), (9, 17, 23), (12, 40, 16)])
+def test_a6_c10_any_shape_from_8_voxels_and_no_axis_is_pooled_below_4(full, shape):
+    """A6, C10: thick-slice stacks and odd sizes go in as they are."""
+    network, seen = awake(full), []
+    for convolution in network.encoder:
+        convolution.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[2:]))
+    with torch.no_grad():
+        velocity = network(*pair(*shape))
+    assert velocity.shape == (1, 3, *(shape if full else [(n + 1) // 2 for n in shape]))
+    assert min(min(size) for size in seen) >= 4
+    assert all(before[axis] in (after[axis], 2 * after[axis]) for before, after in zip(seen, seen[1:]) for axis in range(3))
+
+
+def test_a6_an_axis_is_halved_as_often_as_it_can_be():
+    for n in range(8, 200):
+        left = [-(-n // 2**h) for h in range(5)]
+        assert left[halvings(n)] >= 4
+        assert halvings(n) == 4 or left[halvings(n) + 1] < 4
+
+
+@BOTH
+def test_c10_padding_is_that_of_repeated_border_voxels_and_is_cropped_away(full):
+    """C10: the answer for an odd shape is that for the same images padded by hand."""
+    fixed, moving = pair(17, 30, 13)
+    by_hand = [torch.from_numpy(np.pad(x.numpy(), [(0, 0), (0, 0), (0, 3), (0, 2), (0, 3)], mode="edge")) for x in (fixed, moving)]
+    assert [n * 2**h for n, h in zip((5, 8, 4), (2, 2, 2))] == list(by_hand[0].shape[2:])
+    network = awake(full)
+    with torch.no_grad():
+        got, wanted = network(fixed, moving), network(*by_hand)
+    i, j, k = got.shape[2:]
+    assert torch.allclose(got, wanted[:, :, :i, :j, :k], atol=1e-6)
+
+
+def test_a6_too_few_voxels_are_refused_with_their_number():
+    with pytest.raises(ValueError, match=r"\(7, 20, 20\).*at least 8"):
+        awake()(*pair(7, 20, 20))
+
+
+@BOTH
+def test_two_in_a_batch_are_twice_one(full):
+    network, (fixed, moving) = awake(full), pair(18, 16, 11, batch=2)
+    with torch.no_grad():
+        both, single = network(fixed, moving), torch.cat([network(fixed[n : n + 1], moving[n : n + 1]) for n in (0, 1)])
+    assert torch.allclose(both, single, atol=1e-6)
+    assert not torch.allclose(both[0], both[1], atol=1e-3)
+
+
+# where the velocity lives
+
+
+@pytest.mark.parametrize("shape", [(16, 12, 8), (15, 12, 9)])
+def test_a12_voxels_at_half_resolution_lie_in_the_middle_of_eight(shape):
+    """A12: the world point of each is the mean of the points it stands for; odd sizes reach half a voxel further."""
+    grid = Grid(shape, OBLIQUE)
+    even = Grid(tuple(n + n % 2 for n in shape), OBLIQUE)
+    points = even.points_mm(torch.zeros(1, dtype=torch.float64)).movedim(-1, 0)[None]
+    place = velocity_grid(grid)
+    assert torch.allclose(F.avg_pool3d(points, 2)[0].movedim(0, -1), place.points_mm(torch.zeros(1, dtype=torch.float64)), atol=1e-9)
+    assert velocity_grid(grid, full_resolution=True) is grid
+
+
+def test_a13_a_linear_field_survives_half_resolution():
+    """A13: a strain of 10 % written at half resolution and read at full is exact up to the border, small axes included."""
+    grid = Grid((16, 21, 9), np.diag([1.0, 1.5, 4.0, 1.0]))
+    strain = torch.tensor([[0.1, 0.02, 0.0], [0.0, -0.1, 0.03], [0.01, 0.0, 0.1]])
+    half, wanted = ((g.points_mm(torch.zeros(1)) @ strain.T).movedim(-1, 0)[None] for g in (velocity_grid(grid), grid))
+    assert (resample_field(half, velocity_grid(grid), grid) - wanted).abs().max() < 1e-4
+
+
+@BOTH
+def test_a13_a_network_speaks_in_voxels_and_predict_in_millimetres(full):
+    grid = Grid((10, 12, 9), np.diag([2.0, 3.0, 4.0, 1.0]))
+    network = awake(full)
+    with torch.no_grad():
+        velocity, place = predict(network, *pair(*grid.shape), grid)
+        voxels = network(*pair(*grid.shape))
+    size = torch.tensor([2.0, 3.0, 4.0]) * (1 if full else 2)
+    assert place.shape == tuple(velocity.shape[2:])
+    assert torch.allclose(velocity, voxels * size[:, None, None, None])
+
+
+# what a velocity does
+
+
+def cube(grid, half=3):
+    away = (grid.voxels(torch.zeros(1)) - (torch.tensor(grid.shape) // 2)).abs().amax(-1)
+    return (away <= half).int()[None]
+
+
+@BOTH
+def test_defect_3_a_constant_velocity_stays_itself_at_the_border(full):
+    """4 voxels are 4 voxels everywhere, both ways; labels and images move by whole voxels with it."""
+    grid = Grid((20, 22, 24), np.diag([1.5, 1.5, 1.5, 1.0]))
+    place = velocity_grid(grid, full)
+    velocity = torch.zeros(1, 3, *place.shape)
+    velocity[:, 0] = 4 * 1.5
+    fixed, moving = pair(*grid.shape)
+    there = move(velocity, place, grid, fixed, moving, cube(grid))
+    wanted = torch.tensor([6.0, 0, 0])[:, None, None, None].expand(3, *grid.shape)
+    assert torch.allclose(there.disp[0], wanted, atol=1e-5)
+    assert torch.allclose(there.disp_inv[0], -wanted, atol=1e-5)
+    assert torch.allclose(there.moved[..., :-4, :, :], moving[..., 4:, :, :], atol=1e-5)
+    assert torch.allclose(there.moved_back[..., 4:, :, :], fixed[..., :-4, :, :], atol=1e-5)
+    assert torch.equal(there.labels[:, :-4], cube(grid)[:, 4:])
+
+
+@BOTH
+def test_a10_a_linear_velocity_becomes_the_exponential_of_its_matrix(full):
+    """A10: disp is expm(A) - I and disp_inv expm(-A) - I, so each undoes the other; away from the border."""
+    grid = Grid((32, 36, 30), np.diag([1.0, 1.0, 2.0, 1.0]))
+    A = np.array([[0.05, 0.12, 0.0], [-0.12, -0.04, 0.06], [0.0, -0.05, 0.08]])
+    place, like = velocity_grid(grid, full), torch.zeros(1)
+    middle = torch.as_tensor(grid.centre_mm).float()
+    velocity = ((place.points_mm(like).float() - middle) @ torch.tensor(A).float().T).movedim(-1, 0)[None]
+    there = move(velocity, place, grid, *pair(*grid.shape), cube(grid))
+    inner = (slice(None), *[slice(n // 3, -n // 3) for n in grid.shape])
+    for disp, matrix in ((there.disp, expm(A)), (there.disp_inv, expm(-A))):
+        wanted = ((grid.points_mm(like).float() - middle) @ torch.tensor(matrix - np.eye(3)).float().T).movedim(-1, 0)
+        assert wanted[inner].abs().max() > 0.5
+        assert (disp[0] - wanted)[inner].abs().max() < 0.02
+
+
+def test_moved_reads_the_moving_image_at_x_plus_disp():
+    """A8: against scipy's interpolation, each image through its own direction."""
+    grid = Grid((14, 16, 12), np.diag([1.0, 1.0, 1.0, 1.0]))
+    place = velocity_grid(grid)
+    velocity = 0.8 * torch.randn(1, 3, *place.shape, generator=torch.Generator().manual_seed(1))
+    fixed, moving = pair(*grid.shape)
+    there = move(velocity, place, grid, fixed, moving, cube(grid))
+    voxels = np.stack(np.meshgrid(*map(np.arange, grid.shape), indexing="ij"))
+    for image, disp, got in ((moving, there.disp, there.moved), (fixed, there.disp_inv, there.moved_back)):
+        wanted = map_coordinates(image[0, 0].numpy(), voxels + disp[0].numpy(), order=1, mode="nearest")
+        assert np.abs(got[0, 0].numpy() - wanted).max() < 1e-4
+
+
+def test_move_of_two_is_twice_one_and_only_images_have_a_gradient():
+    grid = Grid((12, 14, 10), np.diag([1.0, 1.0, 1.0, 1.0]))
+    place = velocity_grid(grid)
+    velocity = torch.randn(2, 3, *place.shape, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    fixed, moving = pair(*grid.shape, batch=2)
+    labels = cube(grid).repeat(2, 1, 1, 1)
+    both = move(velocity, place, grid, fixed, moving, labels)
+    for n in (0, 1):
+        part = slice(n, n + 1)
+        one = move(velocity[part], place, grid, fixed[part], moving[part], labels[part])
+        for name in ("disp", "disp_inv", "moved", "moved_back", "labels", "share"):
+            assert torch.allclose(getattr(both, name)[part], getattr(one, name), atol=1e-5), name
+    assert both.labels.grad_fn is None
+    assert both.share.grad_fn is None
+    (gradient,) = torch.autograd.grad(both.moved.square().sum() + both.moved_back.square().sum(), velocity)
+    assert gradient.isfinite().all()
+    assert (gradient != 0).any()
+
+
+# weights on disk
+
+
+def test_e5_weights_come_back_with_what_they_were_trained_for(tmp_path):
+    network = UNet(full_resolution=True)
+    save_weights(tmp_path / "last.safetensors", network, 1.25, {"epoch": 7, "scheme": "verse"})
+    trained = load_network(tmp_path)
+    assert (trained.spacing_mm, trained.about) == (1.25, {"epoch": 7, "scheme": "verse"})
+    assert trained.network.full_resolution
+    assert not trained.network.training
+    assert all(torch.equal(a, b) for a, b in zip(network.state_dict().values(), trained.network.state_dict().values(), strict=True))
+    save_weights(tmp_path / "best.safetensors", UNet(), 2.0, {})
+    assert find_weights(tmp_path).name == "best.safetensors"
+
+
+def test_c12_a_failed_write_leaves_the_old_weights(tmp_path, monkeypatch):
+    """C12: written aside and put in place in one step."""
+    file = save_weights(tmp_path / "best.safetensors", UNet(), 1.0, {"epoch": 1})
+
+    def half_written(tensors, path, said):
+        path.write_bytes(b"half of it")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(networks, "save_file", half_written)
+    with pytest.raises(OSError, match="disk full"):
+        save_weights(file, UNet(), 1.0, {"epoch": 2})
+    assert load_network(file).about == {"epoch": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["best.safetensors"]
+
+
+def test_e5_what_is_no_weights_file_is_refused(tmp_path):
+    """E5: each message names the file, what was found and what is expected."""
+    (tmp_path / "text.safetensors").write_text("not weights at all")
+    save_file({"w": torch.zeros(2)}, tmp_path / "foreign.safetensors")
+    future = {"format": "spinereg-unet-99", "spinereg": "9.0", "full_resolution": False, "spacing_mm": 1.0, "about": {}}
+    save_file({"w": torch.zeros(2)}, tmp_path / "future.safetensors", {"spinereg": json.dumps(future)})
+    for name, words in {
+        "text": r"text\.safetensors is no safetensors file",
+        "foreign": r"foreign\.safetensors has the format None.*reads 'spinereg-unet-1'",
+        "future": r"future\.safetensors has the format 'spinereg-unet-99'",
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            load_network(tmp_path / f"{name}.safetensors")
+    with pytest.raises(FileNotFoundError, match="best.safetensors"):
+        load_network(tmp_path / "nowhere")
