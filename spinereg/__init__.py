@@ -4,5 +4,6 @@ __version__ = "0.1.0"
 
 from .data import check
 from .registration import apply, register
+from .training import fit
 
-__all__ = ["apply", "check", "register"]
+__all__ = ["apply", "check", "fit", "register"]

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['PUBLISHED', 'PRESETS', 'on_device', 'grid_of', 'move_batch', 'similarity_both_ways', 'loss_terms', 'Learner', 'learn',
            'skip', 'mean_dice', 'measure', 'validate', 'score', 'learns_nothing', 'save_checkpoint', 'load_checkpoint',
-           'Records', 'read_records', 'epoch_row', 'check_fit', 'Split', 'prepare_split', 'make_accelerator', 'Fitted',
-           'begin', 'stage_weights', 'train_epoch', 'validate_together', 'keep', 'close_epoch', 'fit', 'draw_training']
+           'Records', 'read_records', 'epoch_row', 'check_fit', 'Split', 'prepare_split', 'warn_of_leaks',
+           'make_accelerator', 'Fitted', 'begin', 'stage_weights', 'train_epoch', 'validate_together', 'keep',
+           'close_epoch', 'fit', 'draw_training']
 
-# %% ../nbs/18_training.ipynb #349d405b
+# %% ../nbs/18_training.ipynb #ab2ff244
 import contextlib
 import itertools
 import json
@@ -30,7 +31,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from .data import Crops, PrepareCase, case_dataset, crop_transform, find_cases, usable_cases
+from .data import Crops, PrepareCase, case_dataset, compare_cases, crop_transform, find_cases, usable_cases
 from .fields import jacobian
 from .geometry import Grid
 from .labels import VERTEBRAE
@@ -51,7 +52,7 @@ from spinereg.penalties import (
 )
 from .viz import Picture
 
-# %% ../nbs/18_training.ipynb #e8835591
+# %% ../nbs/18_training.ipynb #afc65eb0
 def on_device(
     batch: Mapping[str, object],  # crops, and the names of their cases
     device: torch.device,
@@ -78,7 +79,7 @@ def move_batch(
     velocity, onto = predict(network, batch["fixed"], batch["moving"], grid)
     return move(velocity, onto, grid, batch["fixed"], batch["moving"], batch["labels"][:, 0])
 
-# %% ../nbs/18_training.ipynb #c8289de8
+# %% ../nbs/18_training.ipynb #999185b9
 def similarity_both_ways(
     batch: Mapping[str, Tensor],  # fixed, moving, mask: (b, 1, i, j, k)
     moved: Float[Tensor, "b 1 i j k"],  # moving image on the fixed one
@@ -113,7 +114,7 @@ def loss_terms(
         }
     return terms
 
-# %% ../nbs/18_training.ipynb #bb1c5de7
+# %% ../nbs/18_training.ipynb #7794fae5
 PUBLISHED = {"weight_oc": 0.005, "weight_pc": 0.01, "weight_rd": 0.1, "weight_rf": 0.01}
 
 PRESETS = {  # such as "mind", "mind_pc_rf", "lncc_oc", "mind_full_pc"
@@ -128,7 +129,7 @@ PRESETS = {  # such as "mind", "mind_pc_rf", "lncc_oc", "mind_full_pc"
     for terms in ((), ("pc",), ("oc",), ("rd",), ("rf",), ("pc", "oc"), ("pc", "rd"), ("pc", "rf"))
 }
 
-# %% ../nbs/18_training.ipynb #204aab3b
+# %% ../nbs/18_training.ipynb #9bb4229c
 @dataclass
 class Learner:
     "What changes while a network learns."
@@ -186,7 +187,7 @@ def skip(
     learner.accelerator.print(f"{said}; step skipped")
     return dict.fromkeys(values, math.nan)
 
-# %% ../nbs/18_training.ipynb #bda5a494
+# %% ../nbs/18_training.ipynb #c7723c17
 def mean_dice(
     a: Int[Tensor, "i j k"],  # 0 is background
     b: Int[Tensor, "i j k"],
@@ -220,7 +221,7 @@ def measure(
         "residual_median_mm": float(np.median([row.residual_rms_mm for row in rows])) if rows else math.nan,
     }
 
-# %% ../nbs/18_training.ipynb #8cd0e5d8
+# %% ../nbs/18_training.ipynb #b7e16b93
 @torch.no_grad()
 def validate(
     network: torch.nn.Module,
@@ -261,7 +262,7 @@ def learns_nothing(
         return f"on the validation cases nothing moves (mean displacement {moves:.3f} mm)"
     return f"on the validation cases the images are no more alike than before ({change:+.4f})" if change >= 0 else ""
 
-# %% ../nbs/18_training.ipynb #a10c1d12
+# %% ../nbs/18_training.ipynb #180e1b96
 def save_checkpoint(
     path: str | Path,
     learner: Learner,
@@ -306,7 +307,7 @@ def load_checkpoint(
     if torch.cuda.is_available() and len(state["random_cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["random_cuda"])
 
-# %% ../nbs/18_training.ipynb #5dc08913
+# %% ../nbs/18_training.ipynb #3aba10a0
 class Records(NamedTuple):
     "What happened in a training; each a list of rows."
 
@@ -315,9 +316,10 @@ class Records(NamedTuple):
     validation: list[dict]
 
     def write(self, folder: Path) -> None:
-        "Write each table as CSV."
+        "Write each table that has rows as CSV."
         for name, rows in self._asdict().items():
-            write_atomic(folder / f"{name}.csv", partial(pd.DataFrame(rows).to_csv, index=False))
+            if rows:
+                write_atomic(folder / f"{name}.csv", partial(pd.DataFrame(rows).to_csv, index=False))
 
 
 def read_records(
@@ -325,7 +327,8 @@ def read_records(
     epochs: int,  # rows of later epochs are dropped
 ) -> Records:
     "The tables of a training that is resumed."
-    tables = [pd.read_csv(folder / f"{name}.csv") for name in Records._fields]
+    files = [folder / f"{name}.csv" for name in Records._fields]
+    tables = [pd.read_csv(file) if file.is_file() else pd.DataFrame({"epoch": []}) for file in files]
     return Records(*(table[table.epoch <= epochs].to_dict("records") for table in tables))
 
 
@@ -340,7 +343,7 @@ def epoch_row(
     most = {"displacement_max_mm": table.displacement_max_mm.max()} if "displacement_max_mm" in table else {}
     return {"epoch": epoch, "stage": stage, "seconds": round(seconds, 2)} | table.mean().to_dict() | most
 
-# %% ../nbs/18_training.ipynb #43fcd192
+# %% ../nbs/18_training.ipynb #ef04b394
 def check_fit(
     given: Mapping,  # arguments of `fit` by name
 ) -> None:
@@ -362,7 +365,7 @@ def check_fit(
     if wrong:
         raise ValueError("fit: " + "; ".join(wrong))
 
-# %% ../nbs/18_training.ipynb #aca0bf6c
+# %% ../nbs/18_training.ipynb #6a335a64
 class Split(NamedTuple):
     "The prepared cases of train or val."
 
@@ -392,6 +395,13 @@ def prepare_split(
     return Split(cases, indices, left_out)
 
 
+def warn_of_leaks(*splits: Split) -> None:
+    "Say which cases are in both splits, so that a validation on them proves nothing."
+    items = [{key: split.cases[index][key] for key in ("case", "voxels")} for split in splits for index in split.indices]
+    for finding in compare_cases(items):
+        print(f"{finding.case}: {finding.reason}; what is measured on it says nothing about unseen cases. {finding.fix}")
+
+
 def make_accelerator(
     device: str,  # "auto", "cpu" or "cuda"
     mixed_precision: str,
@@ -405,10 +415,10 @@ def make_accelerator(
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"fit: device='cuda', but PyTorch {torch.__version__} sees no CUDA GPU here; use device='auto' or 'cpu'")
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
-    trackers = [] if logger == "none" else [logger]
-    return Accelerator(cpu=device == "cpu", mixed_precision=mixed_precision, log_with=trackers, project_dir=str(out_dir))
+    tracker = None if logger == "none" else logger
+    return Accelerator(cpu=device == "cpu", mixed_precision=mixed_precision, log_with=tracker, project_dir=str(out_dir))
 
-# %% ../nbs/18_training.ipynb #314e85ac
+# %% ../nbs/18_training.ipynb #5d34ec80
 class Fitted(NamedTuple):
     "A trained network and how it came about."
 
@@ -444,7 +454,7 @@ def stage_weights(
     names = {"orthonormality": "weight_oc", "properness": "weight_pc", "rigid_dice": "weight_rd", "rigid_field": "weight_rf"}
     return {"similarity": first, "rigidity": first | {term: settings[name] for term, name in names.items()}}
 
-# %% ../nbs/18_training.ipynb #8a0959dd
+# %% ../nbs/18_training.ipynb #a459366a
 def train_epoch(
     learner: Learner,
     loader: DataLoader,
@@ -479,7 +489,7 @@ def validate_together(
     rows = validate(network, split.cases, mine, similarity, spacing_mm, weights, accelerator.device)
     return pd.DataFrame(gather_object(rows)).sort_values("case", ignore_index=True)
 
-# %% ../nbs/18_training.ipynb #1945ee03
+# %% ../nbs/18_training.ipynb #f76f0beb
 def keep(
     learner: Learner,
     out_dir: Path,
@@ -513,7 +523,7 @@ def close_epoch(
     if learner.accelerator.is_main_process:
         records.write(out_dir)
 
-# %% ../nbs/18_training.ipynb #15d0d026
+# %% ../nbs/18_training.ipynb #939e647f
 def fit(
     data_dir: str | Path,  # folder with train and val, see `spinereg.data`
     out_dir: str | Path,  # where weights, checkpoints and tables go
@@ -565,6 +575,7 @@ def fit(
     prepare_case = PrepareCase(spacing_mm, prealign, moving_scheme, fixed_scheme)
     with accelerator.main_process_first(), contextlib.redirect_stdout(sys.stdout if accelerator.is_main_process else None):
         train, val = (prepare_split(data_dir, split, prepare_case, cache, cache_dir or out_dir / "prepared", workers) for split in ("train", "val"))
+        warn_of_leaks(train, val)
     transform = crop_transform(tuple(crop), spacing_mm, affine_probability, intensity_probability)
     accelerator.init_trackers("spinereg", {name: value if isinstance(value, (int, float)) else str(value) for name, value in settings.items()})
     crops = Crops(train.cases, train.indices, transform, crops_per_case, 0, seed, accelerator.process_index, accelerator.num_processes)
@@ -603,7 +614,7 @@ def fit(
     tables = (pd.DataFrame(rows) for rows in records)
     return Fitted(network, out_dir / "best.safetensors", *tables, pd.concat([train.left_out, val.left_out], ignore_index=True))
 
-# %% ../nbs/18_training.ipynb #ce5c676e
+# %% ../nbs/18_training.ipynb #3884b273
 def draw_training(
     epochs: pd.DataFrame,  # as in `Fitted`
     validation: pd.DataFrame,  # likewise
