@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .geometry import Grid, index_map, sample_index
+from .fields import warp
+from .geometry import Grid, crop_grid
 from .rigid import RigidMotions, procrustes
 from .similarity import full_precision
 
@@ -171,17 +172,12 @@ def rigid_field(
     return _mean_of_samples(rigid_residual_mm(disp, grid, bone, motions), bone).to(disp)
 
 # %% ../nbs/08_penalties.ipynb #2fa6c4fa
-def _boxes(bone: Bone, shape: tuple[int, int, int], margin: int) -> Int[Tensor, "m i j k 3"]:
-    "Voxel indices of a box around each of the b * n vertebrae, all of one size, kept inside the volume."
-    at = bone.voxel[:, 1:]
-    index = bone.vertebra[:, None].expand(-1, 3)
-    low = at.new_zeros(bone.batch * bone.n, 3).scatter_reduce(0, index, at, "amin", include_self=False)
-    high = at.new_zeros(bone.batch * bone.n, 3).scatter_reduce(0, index, at, "amax", include_self=False)
-    limit = torch.tensor(shape, device=at.device)
-    size = torch.minimum((high - low).amax(0) + 1 + 2 * margin, limit)
-    start = torch.minimum((low - margin).clamp_min(0), limit - size)
-    offsets = torch.stack(torch.meshgrid(*[torch.arange(n, device=at.device) for n in size.tolist()], indexing="ij"), -1)
-    return start[:, None, None, None] + offsets
+def _boxes(bone: Bone, shape: tuple[int, int, int], margin: int) -> list[list[list[int]]]:
+    "First voxel and one past the last of a box around each of the b * n vertebrae, kept inside the volume."
+    at, index = bone.voxel[:, 1:], bone.vertebra[:, None].expand(-1, 3)
+    none = at.new_zeros(bone.batch * bone.n, 3)
+    low, high = (none.scatter_reduce(0, index, at, how, include_self=False) for how in ("amin", "amax"))
+    return torch.stack([(low - margin).clamp_min(0), torch.minimum(high + margin + 1, at.new_tensor(shape))], 1).tolist()
 
 # %% ../nbs/08_penalties.ipynb #5557ad46
 @full_precision
@@ -197,22 +193,17 @@ def rigid_dice(
     margin: int = 4,  # voxels around each vertebra that are looked at
 ) -> Float[Tensor, " b"]:  # 0 to 1, mean over the vertebrae of the sample
     "One minus the soft Dice of each warped vertebra and the rigidly moved one."
-    own = torch.bincount(bone.vertebra, minlength=bone.batch * bone.n).nonzero()[:, 0]
+    here, there = _boxes(bone, grid.shape, margin), _boxes(bone_voxels(labels, bone.n, minimum=0), label_grid.shape, margin)
+    own, losses = bone.vertebra.unique(), [disp.flatten()[:0]]
+    for vertebra in own.tolist():
+        sample, before = divmod(vertebra, bone.n)
+        box, source = crop_grid(grid, *here[vertebra]), crop_grid(label_grid, *there[vertebra])
+        part = (labels[sample, *map(slice, *there[vertebra])] == before + 1)[None, None].to(disp)
+        x = (box.voxels(motions.rotation) + motions.rotation.new_tensor(here[vertebra][0])) * torch.as_tensor(grid.spacing_mm).to(motions.rotation)
+        rigid = (x @ motions.rotation[vertebra].T + motions.translation[vertebra] - x).movedim(-1, 0)[None].to(disp)
+        u = disp[sample : sample + 1, :, *map(slice, *here[vertebra])]
+        p, t = (warp(part, source, box, field, world, outside="zeros") for field in (u, rigid.detach()))
+        sizes = p.square() + t.square() if squared else p + t
+        losses.append(1 - 2 * (p * t).sum((1, 2, 3, 4)) / sizes.sum((1, 2, 3, 4)).clamp_min(1))
     sample = own // bone.n
-    there = _boxes(bone_voxels(labels, bone.n, minimum=0), labels.shape[1:], margin)[own]
-    crop = labels[sample[:, None, None, None], *there.unbind(-1)] == (own % bone.n + 1)[:, None, None, None]
-    here = _boxes(bone, disp.shape[2:], margin)[own]
-    u = disp.movedim(1, -1)[sample[:, None, None, None], *here.unbind(-1)]
-    spacing = torch.as_tensor(grid.spacing_mm, device=disp.device)
-    whole = torch.as_tensor(index_map(grid, label_grid, world), device=disp.device)
-
-    def read(at_mm):
-        index = (at_mm / spacing) @ whole[:3, :3].T + whole[:3, 3] - there[:, 0, 0, 0][:, None, None, None]
-        return sample_index(crop[:, None].to(disp), index.to(disp), outside="zeros")[:, 0]
-
-    x = here * spacing
-    rotation, translation = motions.rotation[own], motions.translation[own]
-    p, t = read(x + u), read((x.flatten(1, 3) @ rotation.mT + translation[:, None]).view_as(x)).detach()
-    sizes = p.square() + t.square() if squared else p + t
-    dice = 2 * (p * t).sum((1, 2, 3)) / sizes.sum((1, 2, 3)).clamp_min(1)
-    return dice.new_zeros(bone.batch).index_add(0, sample, 1 - dice) / torch.bincount(sample, minlength=bone.batch).clamp_min(1)
+    return disp.new_zeros(bone.batch).index_add(0, sample, torch.cat(losses)) / torch.bincount(sample, minlength=bone.batch).clamp_min(1)
