@@ -157,9 +157,12 @@ def warp_labels(
     b = labels.shape[0]
     disp = torch.zeros(b, 3, *grid.shape, device=labels.device) if disp is None else disp.detach()
     won, share = labels.new_zeros(b, *grid.shape), disp.new_zeros(b, *grid.shape)
+    near = F.max_pool3d(F.pad((labels > 0).float()[:, None], [1] * 6, mode="replicate"), 2, 1)[:, 0] > 0
     for sample in range(b):
         index = read_index(label_grid, grid, disp[sample : sample + 1], world).reshape(-1, 3)
         for piece in torch.arange(len(index), device=labels.device).split(2**18):
+            i, j, k = ((at.floor().long() + 1).clamp(0, n) for at, n in zip(index[piece].unbind(-1), labels.shape[1:]))
+            piece = piece[near[sample, i, j, k]]
             won.view(b, -1)[sample, piece], share.view(b, -1)[sample, piece] = vote(labels[sample], index[piece])
     return won, share
 

@@ -143,13 +143,6 @@ def test_a_training_is_never_overwritten_and_never_resumed_at_another_voxel_size
         fit(out_dir=out, epochs_similarity=1, epochs_rigidity=0, resume=True, **(quick | {"spacing_mm": 4.0}))
 
 
-def test_e5_a_foreign_checkpoint_is_refused(tmp_path):
-    """E5: by the format written in it."""
-    torch.save({"format": "something else"}, tmp_path / "last.pt")
-    with pytest.raises(ValueError, match="something else"):
-        load_checkpoint(tmp_path / "last.pt", None, {})
-
-
 # one step
 
 
@@ -232,6 +225,13 @@ def test_two_processes_take_the_steps_of_one_with_twice_the_batch(quick, tmp_pat
     assert len(two) == len(one.steps) == 5
     np.testing.assert_allclose(two.loss, one.steps.loss, atol=1e-5)
     np.testing.assert_allclose(two.displacement_max_mm, one.steps.displacement_max_mm, rtol=1e-3)
+
+
+def test_e5_a_foreign_checkpoint_is_refused(learner, tmp_path):
+    """E5: by the format written in it."""
+    torch.save({"format": "something else"}, tmp_path / "last.pt")
+    with pytest.raises(ValueError, match="something else"):
+        load_checkpoint(tmp_path / "last.pt", learner, {})
 
 
 # what is known of a training
