@@ -1,0 +1,233 @@
+"The baseline: elastix in a process of its own, its parameters, its penalty, its result. Few steps on coarse grids."
+
+import os
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from scipy.interpolate import BSpline
+from scipy.ndimage import gaussian_filter
+
+from spinereg.elastix import (
+    ElastixError,
+    bone_mask,
+    check_elastix,
+    fade_out,
+    parameter_map,
+    read_disp,
+    read_history,
+    register_elastix,
+    run_child,
+    solve,
+    write_inputs,
+)
+from spinereg.fields import jacobian, warp
+from spinereg.geometry import Grid
+from spinereg.nifti import NativeSpace
+from spinereg.optimise import Level, Scene
+from spinereg.penalties import determinant
+from spinereg.volumes import Labels
+
+ROOT = Path(__file__).resolve().parent.parent
+CASE = ROOT / "data_samples/test/easy_0"
+USUAL = {"spacing_mm": 2.0, "seed": 0, "grid_spacing_mm": 8.0, "iterations": 30, "samples": 4096, "weight_similarity": 0.1, "timeout_s": 300.0}
+
+
+def installed():
+    try:
+        return bool(version("itk-elastix")) and find_spec("itk") is not None
+    except PackageNotFoundError:
+        return False
+
+
+needs_elastix = pytest.mark.skipif(not installed(), reason='itk-elastix is not installed: pip install ".[elastix]"')
+
+
+# without elastix
+
+
+def test_e2_elastix_is_imported_in_its_child_alone():
+    """E2: an extra is never loaded with the package."""
+    code = "import sys, spinereg.elastix; print('itk' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]
+
+
+def test_e2_missing_extra_is_an_error_with_the_pip_line(monkeypatch):
+    """E2: said before any file is opened."""
+
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("spinereg.elastix.version", missing)
+    with pytest.raises(ElastixError, match=r'pip install "spinereg\[elastix\]"'):
+        register_elastix("no.nii.gz", "such.nii.gz")
+
+
+def test_settings_that_make_no_sense_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"(?s)iterations=0.*samples=1\.5.*grid_spacing_mm=3\.0.*weight_similarity=0:.*timeout_s=0"):
+        check_elastix(USUAL | {"iterations": 0, "samples": 1.5, "grid_spacing_mm": 3.0, "weight_similarity": 0, "timeout_s": 0})
+    with pytest.raises(ValueError, match="weight_rigidity=-1"):
+        check_elastix(USUAL | {"weight_rigidity": -1})
+
+
+@pytest.mark.parametrize(
+    ("does", "limit_s", "said"),
+    [
+        ("import ctypes; ctypes.string_at(0)", 60.0, "signal 11 .SIGSEGV." if os.name == "posix" else "exit code"),
+        ("raise RuntimeError('no memory left')", 60.0, r"(?s)exit code 1;.*no memory left"),
+        ("import time; time.sleep(60)", 0.5, "stopped after 0.5 s"),
+    ],
+    ids=["crash", "error", "time-out"],
+)
+def test_what_happens_to_the_child_is_an_error_here(tmp_path, does, limit_s, said):
+    """A crash inside elastix must not take the caller with it: here another `itk` crashes, fails or hangs."""
+    (tmp_path / "itk.py").write_text(does)
+    with pytest.raises(ElastixError, match=said):
+        run_child(tmp_path, 1, limit_s)
+
+
+@pytest.mark.parametrize("size_mm", [1.0, 60.0], ids=["small", "large"])
+def test_fade_keeps_the_field_ends_at_zero_and_folds_nothing(size_mm):
+    """Also where the displacement at the border is larger than the fade."""
+    grid = Grid((9, 11, 7), np.diag([2.0, 3.0, 2.0, 1.0]))
+    disp = size_mm * torch.tensor([0.6, -0.64, 0.48])[None, :, None, None, None].expand(1, 3, *grid.shape)
+    extended, wide = fade_out(disp, grid)
+    start = np.round(np.linalg.inv(wide.affine) @ grid.affine)[:3, 3].astype(int)
+    inner = tuple(slice(s, s + n) for s, n in zip(start, grid.shape))
+    assert torch.equal(extended[(slice(None), slice(None), *inner)], disp)
+    outside = extended.clone()
+    outside[(slice(None), slice(None), *(slice(1, -1),) * 3)] = 0
+    assert not outside.any()
+    assert determinant(jacobian(extended, wide)).min() > 0
+
+
+def test_mask_is_the_moving_bone_after_pre_alignment():
+    """B5: the labels of the moving image, carried to the fixed grid by the rigid map alone."""
+    grid = Grid((12, 12, 12), np.eye(4))
+    data = torch.zeros(12, 12, 12, dtype=torch.int64)
+    data[4:8, 4:8, 4:8] = 2
+    rigid = np.eye(4)
+    rigid[:3, 3] = [2.0, 0.0, -1.0]
+    empty = torch.zeros(1, 1, 12, 12, 12)
+    labels = Labels(data, ("L1", "L2"), (20, 21), grid, NativeSpace(Path("labels.nii.gz"), nib.Nifti1Header(), grid.affine, grid))
+    mask = bone_mask(Scene(empty, grid, empty, grid, rigid, labels), grid)
+    assert torch.equal(mask.nonzero().amin(0), torch.tensor([2, 4, 5])) and mask.sum() == 64 and mask.max() == 1
+    assert bone_mask(Scene(empty, grid, empty, grid, rigid, None), grid) is None
+
+
+# with elastix
+
+
+GRID = Grid((30, 28, 26), np.array([[1.6, -1.2, 0, 5], [1.2, 1.6, 0, -7], [0, 0, -2, 9], [0, 0, 0, 1]]))
+TRUTH = torch.zeros(1, 3, *GRID.shape)
+TRUTH[:, 0] = 3 + 0.25 * 2 * (torch.arange(30.0) - 14.5)[:, None, None]  # 3 mm off and stretched by a quarter, along the first axis
+TRUTH[:, 1] = -2.0
+SETTINGS = parameter_map(iterations=30, samples=4096)
+QUICK = {"spacing_mm": 2.0, "iterations": 30, "samples": 2048, "prealign": "labels"}
+
+
+def pair():
+    "Blobs on a tilted grid that TRUTH carries onto their fixed image, which has the contrast turned round."
+    moving = torch.from_numpy(gaussian_filter(np.random.default_rng(3).normal(size=GRID.shape), 2.0)).float()[None, None]
+    moving = (moving - moving.min()) / (moving.max() - moving.min())
+    fixed = 1 - warp(moving, GRID, GRID, TRUTH)
+    return Level(GRID, fixed, moving, (fixed, GRID), (moving, GRID), torch.ones_like(fixed), GRID)
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    "The folder of a run on the blobs, with a block of them for bone."
+    folder = tmp_path_factory.mktemp("ran")
+    bone = torch.zeros(GRID.shape)
+    bone[6:22, 5:20, 6:20] = 1
+    write_inputs(folder, pair(), bone, SETTINGS | {"WriteTransformParametersEachIteration": ["true"]})
+    run_child(folder, 90, 300.0)
+    return folder
+
+
+@needs_elastix
+def test_known_displacement_is_found(ran):
+    """moved(x) = moving(x + disp(x)), mm along the axes of a tilted grid."""
+    off_mm = (read_disp(ran) - TRUTH)[0, :, 6:-6, 6:-6, 6:-6].norm(dim=0)
+    assert off_mm.mean() < 0.25 * TRUTH.norm(dim=1).mean()
+
+
+@needs_elastix
+def test_c11_same_seed_same_field(ran):
+    """C11: to the last bit, in another process."""
+    bone = torch.zeros(GRID.shape)
+    bone[6:22, 5:20, 6:20] = 1
+    again = solve(pair(), bone, SETTINGS)
+    assert torch.equal(again.disp, read_disp(ran))
+    assert list(again.history) == ["level_mm", "step", "similarity", "orthonormality", "properness"]
+    assert list(again.history.level_mm.unique()) == [8.0, 4.0, 2.0] and len(again.history) == 90
+
+
+def at_control_points(coefficients, spacing):
+    "u and I + grad u at the inner control points, from the B-spline coefficients (3, i, j, k), by scipy's cubic B-spline."
+    basis = BSpline.basis_element(np.arange(-2.0, 3.0))
+    value, slope = (np.array([spline(x) for x in (1.0, 0.0, -1.0)]) for spline in (basis, basis.derivative()))
+    around = {at: tuple(slice(a, n - 2 + a) for a, n in zip(at, coefficients.shape[1:])) for at in np.ndindex(3, 3, 3)}
+
+    def mix(weights):
+        return sum(np.prod([w[a] for w, a in zip(weights, at)]) * coefficients[(slice(None), *there)] for at, there in around.items())
+
+    grad = [mix([slope / spacing[a] if a == axis else value for a in range(3)]) for axis in range(3)]
+    return np.moveaxis(mix([value] * 3), 0, -1), np.moveaxis(np.stack(grad, 1), (0, 1), (-2, -1)) + np.eye(3)
+
+
+@needs_elastix
+def test_b5_penalty_is_that_of_the_field_where_the_moving_mask_is(ran):
+    """B5: OC and PC as elastix reports them are those of its spline at the control points that land in the mask, and nowhere else."""
+    lines = (ran / "TransformParameters.0.R2.It0000028.txt").read_text().splitlines()  # what step 29 began with
+    words = {line[1:-1].split()[0]: line[1:-1].split()[1:] for line in lines if line.startswith("(")}
+    size, spacing, origin = (np.array(words[f"Grid{name}"], float) for name in ("Size", "Spacing", "Origin"))
+    coefficients = np.array(words["TransformParameters"], float).reshape(3, *size[::-1].astype(int)).transpose(0, 3, 2, 1)
+    u, J = at_control_points(coefficients, spacing)
+    landed = np.rint((origin + spacing * (1 + np.stack(np.indices(u.shape[:3]), -1)) + u) / GRID.spacing_mm).astype(int)
+    c = ((landed >= [6, 5, 6]) & (landed < [22, 20, 20])).all(-1)
+    excess = np.triu(J[c].swapaxes(-1, -2) @ J[c] - np.eye(3))
+    last = read_history(ran, 2.0).iloc[-1]
+    assert c.sum() > 20
+    assert np.square(excess).sum((1, 2)).mean() == pytest.approx(last.orthonormality, rel=1e-6)
+    assert np.square(np.linalg.det(J[c]) - 1).mean() == pytest.approx(last.properness, rel=1e-6)
+
+
+@pytest.fixture(scope="module")
+def registered(tmp_path_factory):
+    "A case without and with the penalty, and the folder of the second."
+    names = {"fixed": "mr_t1", "moving": "ct", "moving_labels": "ct_mask", "fixed_labels": "mr_mask"}
+    files = {key: CASE / f"{name}.nii.gz" for key, name in names.items()} | {"landmarks": CASE / "landmarks.csv"}
+    out = tmp_path_factory.mktemp("out")
+    free = register_elastix(**files, weight_rigidity=0.0, **QUICK)
+    return free, register_elastix(**files, out_dir=out, **QUICK), out
+
+
+@needs_elastix
+def test_b5_penalty_halves_the_strain_of_bone(registered):
+    """B5: the same seed without and with it; the strain of the moved vertebrae, by differences, falls to less than half."""
+    strains = []
+    for result in registered[:2]:
+        J = jacobian(result.transform.deformation(result.view.grid), result.view.grid)[0][result.view.labels > 0]
+        strains.append((J.mT @ J - torch.eye(3)).square().sum((1, 2)).mean())
+    assert strains[1] < 0.5 * strains[0]
+
+
+@needs_elastix
+def test_result_and_files_are_those_of_register(registered):
+    """The files of `register`; the history tells of the penalty only where there is one."""
+    free, result, out = registered
+    found = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
+    whole = {"transform.h5", "inverse.h5", "disp.nii.gz", "moved.nii.gz", "moved_labels.nii.gz", "vertebrae.csv", "metrics.json", "overview.png"}
+    assert found == whole | {f"vertebrae/{name}.tfm" for name in result.vertebrae.index}
+    assert result.metrics["parameters"]["itk_elastix"] == version("itk-elastix")
+    assert list(free.history) == ["level_mm", "step", "similarity"]
+    bone = next(group for group in result.metrics["landmarks"] if group["group"] == "bone")
+    assert bone["mean_mm"] < 0.7 * bone["start_mean_mm"]
