@@ -79,7 +79,8 @@ def test_interval_agrees_with_the_normal_one_for_many_values():
     values = np.random.default_rng(0).normal(5, 2, 400)
     mean, low, high = interval(np.r_[values, np.nan])
     half = 1.96 * values.std(ddof=1) / 20
-    assert mean == pytest.approx(values.mean()) and low == pytest.approx(mean - half, abs=0.15 * half) and high == pytest.approx(mean + half, abs=0.15 * half)
+    assert mean == pytest.approx(values.mean())
+    assert low == pytest.approx(mean - half, abs=0.15 * half) and high == pytest.approx(mean + half, abs=0.15 * half)
     assert interval([3.0]) == (3.0, 3.0, 3.0) and np.isnan(interval([np.nan])[0])
 
 

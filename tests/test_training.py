@@ -313,7 +313,7 @@ def test_a_preset_is_parameters_of_fit_and_trains(quick, tmp_path):
 
 def test_all_wrong_settings_are_named_at_once(tmp_path):
     with pytest.raises(ValueError, match="similarity='ssd'.*weight_oc=-1.*batch_size=0.*crop") as error:
-        fit(tmp_path, tmp_path, similarity="ssd", weight_oc=-1, batch_size=0, crop=(64, 64))
+        fit(tmp_path, tmp_path, similarity="ssd", weight_oc=-1.0, batch_size=0, crop=(64, 64))
     assert "expected one of lncc, mind, mi" in str(error.value)
 
 
