@@ -6,13 +6,14 @@
 __all__ = ['PANELS', 'FIGURES', 'is_done', 'register_case', 'case_row', 'read_run', 'interval', 'compare_runs', 'draw_runs',
            'evaluate_runs']
 
-# %% ../nbs/20_evaluation.ipynb #ec44cebc
+# %% ../nbs/20_evaluation.ipynb #116503d9
 import contextlib
+import inspect
 import io
 import itertools
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import pandas as pd
 from scipy.stats import bootstrap
 from tqdm import tqdm
 
-from .data import Case, find_cases
+from .data import FILES, Case, find_cases
 from .elastix import register_elastix
 from .networks import find_weights
 from .nifti import write_atomic
@@ -29,20 +30,22 @@ from .optimise import PROGRESS
 from .registration import register
 from .viz import Picture
 
-# %% ../nbs/20_evaluation.ipynb #4a19e2c2
+# %% ../nbs/20_evaluation.ipynb #102d4b3a
 def is_done(
-    case: Case,
-    parameters: Mapping[str, object],
+    given: Mapping[str, object],  # arguments by name
+    way: Callable,  # the function they are for
     folder: Path,  # with the result files
 ) -> bool:
-    "Whether a folder holds what these parameters give, from files that have not changed since."
+    "Whether a folder holds what a function gives for these arguments, from files that have not changed since."
     done = folder / "metrics.json"
     if not done.is_file():
         return False
-    then, given = json.loads(done.read_text("utf-8"))["parameters"], json.loads(json.dumps(case.files() | dict(parameters)))
-    sources = [path for path in case.files().values() if path] + ([find_weights(given["weights"])] if given.get("weights") else [])
-    fresh = all(Path(path).stat().st_mtime <= done.stat().st_mtime for path in sources)
-    return fresh and all(then.get(name) == value for name, value in given.items())
+    defaults = {name: parameter.default for name, parameter in inspect.signature(way).parameters.items() if name not in ("out_dir", "on_step")}
+    wanted, then = json.loads(json.dumps(defaults | dict(given), default=str)), json.loads(done.read_text("utf-8"))["parameters"]
+    files = [path for name, path in given.items() if name in (*FILES, "landmarks") and path]
+    files += [find_weights(given["weights"])] if given.get("weights") else []
+    fresh = all(Path(path).stat().st_mtime <= done.stat().st_mtime for path in files)
+    return fresh and set(wanted) == set(then) - {"out_dir", "itk_elastix"} and all(then[name] == value for name, value in wanted.items())
 
 
 def register_case(
@@ -51,18 +54,18 @@ def register_case(
     folder: Path,  # for the result files
 ) -> str:  # empty, or what went wrong
     "Register a case as a run says, unless that has been done."
-    way, settings = register, dict(parameters)
-    if parameters.get("method") == "elastix":
-        way, settings = register_elastix, {name: value for name, value in parameters.items() if name != "method"}
+    way, given = register, case.files() | dict(parameters)
+    if given.get("method") == "elastix":
+        way, given = register_elastix, {name: value for name, value in given.items() if name != "method"}
     try:
-        if not is_done(case, settings, folder):
+        if not is_done(given, way, folder):
             with contextlib.redirect_stdout(io.StringIO()):
-                way(**case.files(), **settings, out_dir=folder)
+                way(**given, out_dir=folder)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""
 
-# %% ../nbs/20_evaluation.ipynb #16bd7b35
+# %% ../nbs/20_evaluation.ipynb #6fe83883
 def case_row(
     metrics: Mapping,  # content of metrics.json
 ) -> dict[str, float]:
@@ -87,10 +90,13 @@ def case_row(
 
 def read_run(
     folder: str | Path,  # with a folder of result files per case
+    names: Sequence[str] | None = None,  # the cases wanted; all that are there when None
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # a row per case; a row per case and vertebra
     "Gather the figures of a run from its result files."
     cases, vertebrae = [], []
     for file in sorted(Path(folder).glob("*/metrics.json")):
+        if names is not None and file.parent.name not in names:
+            continue
         cases.append({"case": file.parent.name} | case_row(json.loads(file.read_text("utf-8"))))
         table = file.with_name("vertebrae.csv")
         if table.read_text("utf-8").strip(' "\n'):
@@ -99,18 +105,18 @@ def read_run(
         raise FileNotFoundError(f"{folder}: no <case>/metrics.json in it; expected the folder of a run, as `evaluate_runs` or `register` writes it")
     return pd.DataFrame(cases), pd.concat(vertebrae, ignore_index=True) if vertebrae else pd.DataFrame()
 
-# %% ../nbs/20_evaluation.ipynb #0c393348
+# %% ../nbs/20_evaluation.ipynb #fc091a2a
 def interval(
     values: Sequence[float] | np.ndarray | pd.Series,  # one per case
     level: float = 0.95,
     seed: int = 0,
 ) -> tuple[float, float, float]:  # mean, lower and upper end
-    "Mean with its bootstrap interval; values that are missing are left out."
+    "Mean with its bootstrap interval, NaN for fewer than two values; values that are missing are left out."
     values = np.asarray(values, float)
     values = values[np.isfinite(values)]
     if len(values) < 2 or np.ptp(values) == 0:
-        mean = float(values.mean()) if len(values) else float("nan")
-        return mean, mean, mean
+        mean, alike = float(values.mean()) if len(values) else np.nan, len(values) > 1
+        return (mean, mean, mean) if alike else (mean, np.nan, np.nan)
     ends = bootstrap((values,), np.mean, confidence_level=level, method="percentile", rng=np.random.default_rng(seed)).confidence_interval
     return float(values.mean()), float(ends.low), float(ends.high)
 
@@ -130,7 +136,7 @@ def compare_runs(
     table = pd.DataFrame(rows, columns=names)
     return table.assign(beyond_chance=(table.difference_low > 0) | (table.difference_high < 0)).set_index(["figure", "run"])
 
-# %% ../nbs/20_evaluation.ipynb #ea7a817f
+# %% ../nbs/20_evaluation.ipynb #50ab14d5
 PANELS = {  # title -> table and column
     "Dice (case)": ("cases", "dice"),
     "rigid Dice (case)": ("cases", "rigid_dice"),
@@ -160,7 +166,7 @@ def draw_runs(
         ax.set_axis_off()
     return fig
 
-# %% ../nbs/20_evaluation.ipynb #b3c5dd5d
+# %% ../nbs/20_evaluation.ipynb #eb0fbd75
 FIGURES = ("dice", "hd95_mm", "rigid_dice", "residual_rms_mean_mm", "residual_max_max_mm", "volume_change_mean_percent", "volume_change_max_percent")
 FIGURES += ("tre_bone_mean_mm", "tre_bone_p95_mm", "tre_soft_tissue_mean_mm", "folding_percent", "sdlogj", "inverse_mean_mm")
 FIGURES += ("seconds", "seconds_field")
@@ -168,7 +174,7 @@ FIGURES += ("seconds", "seconds_field")
 
 def evaluate_runs(
     data_dir: str | Path,  # folder with the split's cases, see `spinereg.data`
-    runs: Mapping[str, Mapping[str, object] | str],  # name -> parameters of `register`, or a folder of finished results
+    runs: Mapping[str, Mapping[str, object] | str | Path],  # name -> parameters of `register`, or a folder of finished results
     out_dir: str | Path,  # tables and pictures here, result files in out_dir/<run>/<case>
     split: str = "test",
     baseline: str | None = None,  # the run the others are compared with; the first when None
@@ -180,16 +186,23 @@ def evaluate_runs(
     found, findings = find_cases(data_dir, split)
     if not found:
         raise ValueError(f"evaluate_runs: {findings[-1].reason}. {findings[-1].fix}")
-    work = [(name, case) for name, run in runs.items() if not isinstance(run, str) for case in found]
-    bar = tqdm(work, "registrations", bar_format=PROGRESS, mininterval=5, file=sys.stdout)
-    errors = [(name, case.name, register_case(case, runs[name], out_dir / name / case.name)) for name, case in bar]
-    failed = [{"run": name, "case": case, "error": error} for name, case, error in errors if error]
-    folders = {name: Path(run) if isinstance(run, str) else out_dir / name for name, run in runs.items()}
-    tables = {name: read_run(folder) for name, folder in folders.items() if any(folder.glob("*/metrics.json"))}
-    cases, vertebrae = (pd.concat([tables[name][k].assign(run=name) for name in tables], ignore_index=True) for k in (0, 1))
-    cases = pd.concat([cases, pd.DataFrame(failed)], ignore_index=True)
-    for row in failed:
-        print(f"{row['run']}, {row['case']} failed: {row['error']}")
+    work = [(name, case) for name, run in runs.items() if isinstance(run, Mapping) for case in found]
+    errors = {}
+    for name, case in tqdm(work, "registrations", bar_format=PROGRESS, mininterval=5, file=sys.stdout):
+        if error := register_case(case, runs[name], out_dir / name / case.name):
+            errors[name, case.name] = error
+    failed = pd.DataFrame([{"run": name, "case": case, "error": error} for (name, case), error in errors.items()])
+    for row in failed.itertuples():
+        print(f"{row.run}, {row.case} failed: {row.error}")
+    tables = []
+    for name, run in runs.items():
+        names = [case.name for case in found if (name, case.name) not in errors]
+        if names:
+            tables.append([table.assign(run=name) for table in read_run(out_dir / name if isinstance(run, Mapping) else run, names)])
+    if not tables:
+        raise RuntimeError(f"evaluate_runs: every registration failed; the first with {failed.error[0]}")
+    cases, vertebrae = (pd.concat([table[k] for table in tables], ignore_index=True) for k in (0, 1))
+    cases = pd.concat([cases, failed], ignore_index=True)
     summary = compare_runs(cases, FIGURES, baseline)
     for name, table in (("cases", cases), ("vertebrae", vertebrae), ("summary", summary.reset_index())):
         write_atomic(out_dir / f"{name}.csv", partial(table.to_csv, index=False))

@@ -157,7 +157,9 @@ def warp_labels(
     b = labels.shape[0]
     disp = torch.zeros(b, 3, *grid.shape, device=labels.device) if disp is None else disp.detach()
     won, share = labels.new_zeros(b, *grid.shape), disp.new_zeros(b, *grid.shape)
-    near = F.max_pool3d(F.pad((labels > 0).float()[:, None], [1] * 6, mode="replicate"), 2, 1)[:, 0] > 0
+    near = F.pad((labels > 0).byte(), [1] * 6).bool()
+    for axis in (1, 2, 3):
+        near = near.narrow(axis, 0, near.shape[axis] - 1) | near.narrow(axis, 1, near.shape[axis] - 1)
     for sample in range(b):
         index = read_index(label_grid, grid, disp[sample : sample + 1], world).reshape(-1, 3)
         for piece in torch.arange(len(index), device=labels.device).split(2**18):

@@ -71,7 +71,9 @@ class UNet(nn.Module):
             x = F.max_pool3d(x, [2 if level <= h else 1 for h in halved]) if level else x
             x = F.leaky_relu(convolve(x), 0.2, inplace=True)
             features.append(x)
-        for convolve, skip in zip(self.decoder, features[-2::-1]):
+        features.pop()
+        for convolve in self.decoder:
+            skip = features.pop()
             x = F.leaky_relu(convolve(torch.cat([F.interpolate(x, skip.shape[2:]), skip], 1)), 0.2, inplace=True)
         for convolve in self.last:
             x = F.leaky_relu(convolve(x), 0.2, inplace=True)

@@ -9,7 +9,9 @@ import pandas as pd
 import pytest
 
 from spinereg.data import find_cases
+from spinereg.elastix import register_elastix
 from spinereg.evaluation import compare_runs, evaluate_runs, interval, is_done, read_run
+from spinereg.registration import register
 
 ROOT = Path(__file__).resolve().parent.parent
 RIGID = {"method": "rigid", "spacing_mm": 4.0, "prealign": "header"}
@@ -46,12 +48,15 @@ def test_d7_what_is_done_is_not_done_again_unless_something_changed(evaluated, c
     """D7: other parameters, a newer input: done again; otherwise kept."""
     (case,) = [case for case in find_cases(cases, "test")[0] if case.name == "easy_0"]
     folder = evaluated[0] / "rigid/easy_0"
-    assert is_done(case, RIGID, folder)
-    assert not is_done(case, RIGID | {"spacing_mm": 5.0}, folder)
-    assert not is_done(case, RIGID, folder.with_name("nowhere"))
+    given = case.files() | RIGID
+    assert is_done(given, register, folder) and is_done(given | {"moving": Path(case.moving)}, register, folder)
+    assert not is_done(given | {"spacing_mm": 5.0}, register, folder)
+    assert not is_done({name: value for name, value in given.items() if name != "method"}, register, folder), "another method"
+    assert not is_done(given, register, folder.with_name("nowhere"))
+    assert not is_done({name: value for name, value in given.items() if name != "method"}, register_elastix, folder)
     later = (folder / "metrics.json").stat().st_mtime + 10
     os.utime(case.moving, (later, later))
-    assert not is_done(case, RIGID, folder)
+    assert not is_done(given, register, folder)
 
 
 def test_d7_a_case_that_fails_does_not_stop_the_others(tmp_path):
@@ -64,6 +69,13 @@ def test_d7_a_case_that_fails_does_not_stop_the_others(tmp_path):
     failed = rows.set_index("case").loc["clinical_0"]
     assert "clinical_0/ct.nii.gz" in failed.error and "cut off" in failed.error
     assert np.isfinite(rows.set_index("case").loc["easy_0"].dice) and set(vertebrae.case) == {"easy_0"}
+
+
+def test_when_every_registration_fails_the_reason_is_told(cases, tmp_path):
+    with pytest.raises(RuntimeError, match="every registration failed.*smoothness"):
+        evaluate_runs(cases, {"typo": {"smoothness": 1}}, tmp_path)
+    with pytest.raises(FileNotFoundError, match="no <case>/metrics.json"):
+        evaluate_runs(cases, {"typo": str(tmp_path / "nowhere")}, tmp_path)
 
 
 def test_a_folder_of_results_stands_beside_a_run(evaluated, cases, tmp_path):
@@ -81,7 +93,8 @@ def test_interval_agrees_with_the_normal_one_for_many_values():
     half = 1.96 * values.std(ddof=1) / 20
     assert mean == pytest.approx(values.mean())
     assert low == pytest.approx(mean - half, abs=0.15 * half) and high == pytest.approx(mean + half, abs=0.15 * half)
-    assert interval([3.0]) == (3.0, 3.0, 3.0) and np.isnan(interval([np.nan])[0])
+    assert interval([3.0, 3.0]) == (3.0, 3.0, 3.0) and np.isnan(interval([np.nan])[0])
+    assert interval([3.0])[0] == 3.0 and np.isnan(interval([3.0])[1:]).all(), "one case says nothing about others"
 
 
 def test_runs_are_compared_case_by_case():

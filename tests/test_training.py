@@ -191,6 +191,12 @@ def test_c1_a_loss_that_is_not_finite_is_named_and_skipped_and_five_in_a_row_sto
     assert equal(before, learner.network.state_dict())
     learn(learner, [batch], ALL["similarity"], "lncc", 5.0)
     assert learner.skipped == 0
+    before = {name: value.clone() for name, value in learner.network.state_dict().items()}
+    hook = next(learner.network.parameters()).register_hook(lambda gradient: gradient * torch.inf)
+    assert np.isnan(learn(learner, [batch], ALL["similarity"], "lncc", 5.0)["loss"]), "a finite loss with a gradient that is not"
+    hook.remove()
+    assert equal(before, learner.network.state_dict()) and "gradient" in capsys.readouterr().out
+    learn(learner, [batch], ALL["similarity"], "lncc", 5.0)
     for _ in range(4):
         learn(learner, [spoilt], ALL["similarity"], "lncc", 5.0)
     with pytest.raises(FloatingPointError, match="val/easy_5.*fifth step in a row"):
@@ -227,6 +233,17 @@ def test_two_processes_take_the_steps_of_one_with_twice_the_batch(quick, tmp_pat
     np.testing.assert_allclose(two.displacement_max_mm, one.steps.displacement_max_mm, rtol=1e-3)
 
 
+def test_start_must_be_a_network_of_the_same_kind(four, quick, tmp_path):
+    with pytest.raises(ValueError, match=r"start=.* has .*\(False, 5.0\), expected \(True, 5.0\)"):
+        fit(out_dir=tmp_path, start=four[0], full_resolution=True, **quick)
+
+
+def test_a_tracker_that_is_not_installed_is_an_error(quick, tmp_path, monkeypatch):
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [])
+    with pytest.raises(ValueError, match="logger='wandb', but wandb is not installed here"):
+        fit(out_dir=tmp_path, **(quick | {"logger": "wandb"}))
+
+
 def test_e5_a_foreign_checkpoint_is_refused(learner, tmp_path):
     """E5: by the format written in it."""
     torch.save({"format": "something else"}, tmp_path / "last.pt")
@@ -239,7 +256,7 @@ def test_e5_a_foreign_checkpoint_is_refused(learner, tmp_path):
 
 def test_b4_without_labels_of_the_fixed_image_the_loss_decides_and_without_any_rigidity_is_off(cases, tmp_path, capsys):
     """B4: trains and validates without `mr_mask`, and with neither mask."""
-    for kept, what in (("ct_mask.nii.gz", "moving labels only"), (None, "none")):
+    for kept, what in (("ct_mask.nii.gz", "moving labels only"), ("mr_mask.nii.gz", "fixed labels only"), (None, "none")):
         folder = tmp_path / what
         for place in ("train/easy_6", "val/easy_5"):
             shutil.copytree(cases / place, folder / place)
