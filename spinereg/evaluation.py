@@ -6,7 +6,7 @@
 __all__ = ['PANELS', 'FIGURES', 'is_done', 'register_case', 'case_row', 'read_run', 'interval', 'compare_runs', 'draw_runs',
            'evaluate_runs']
 
-# %% ../nbs/20_evaluation.ipynb #116503d9
+# %% ../nbs/20_evaluation.ipynb #9bc74bea
 import contextlib
 import inspect
 import io
@@ -30,7 +30,7 @@ from .optimise import PROGRESS
 from .registration import register
 from .viz import Picture
 
-# %% ../nbs/20_evaluation.ipynb #102d4b3a
+# %% ../nbs/20_evaluation.ipynb #f7486e88
 def is_done(
     given: Mapping[str, object],  # arguments by name
     way: Callable,  # the function they are for
@@ -65,7 +65,7 @@ def register_case(
         return f"{type(error).__name__}: {error}"
     return ""
 
-# %% ../nbs/20_evaluation.ipynb #6fe83883
+# %% ../nbs/20_evaluation.ipynb #8019d913
 def case_row(
     metrics: Mapping,  # content of metrics.json
 ) -> dict[str, float]:
@@ -105,7 +105,7 @@ def read_run(
         raise FileNotFoundError(f"{folder}: no <case>/metrics.json in it; expected the folder of a run, as `evaluate_runs` or `register` writes it")
     return pd.DataFrame(cases), pd.concat(vertebrae, ignore_index=True) if vertebrae else pd.DataFrame()
 
-# %% ../nbs/20_evaluation.ipynb #fc091a2a
+# %% ../nbs/20_evaluation.ipynb #40f879f7
 def interval(
     values: Sequence[float] | np.ndarray | pd.Series,  # one per case
     level: float = 0.95,
@@ -134,9 +134,10 @@ def compare_runs(
             rows.append([run, column, table[column].count(), *interval(table[column]), *gain])
     names = ["run", "figure", "cases", "mean", "low", "high", "difference", "difference_low", "difference_high"]
     table = pd.DataFrame(rows, columns=names)
-    return table.assign(beyond_chance=(table.difference_low > 0) | (table.difference_high < 0)).set_index(["figure", "run"])
+    apart = (table.difference_low > 0) | (table.difference_high < 0)
+    return table.assign(beyond_chance=apart & (table.cases >= 5)).set_index(["figure", "run"])
 
-# %% ../nbs/20_evaluation.ipynb #50ab14d5
+# %% ../nbs/20_evaluation.ipynb #2e2e5d01
 PANELS = {  # title -> table and column
     "Dice (case)": ("cases", "dice"),
     "rigid Dice (case)": ("cases", "rigid_dice"),
@@ -166,7 +167,7 @@ def draw_runs(
         ax.set_axis_off()
     return fig
 
-# %% ../nbs/20_evaluation.ipynb #eb0fbd75
+# %% ../nbs/20_evaluation.ipynb #35e9f35a
 FIGURES = ("dice", "hd95_mm", "rigid_dice", "residual_rms_mean_mm", "residual_max_max_mm", "volume_change_mean_percent", "volume_change_max_percent")
 FIGURES += ("tre_bone_mean_mm", "tre_bone_p95_mm", "tre_soft_tissue_mean_mm", "folding_percent", "sdlogj", "inverse_mean_mm")
 FIGURES += ("seconds", "seconds_field")

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 import spinereg
@@ -154,7 +154,8 @@ def save_weights(
     "Write a network's weights; an existing file is replaced in one step."
     said = {"format": FORMAT, "spinereg": spinereg.__version__, "full_resolution": network.full_resolution, "spacing_mm": spacing_mm}
     tensors = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
-    return write_atomic(path, lambda aside: save_file(tensors, aside, {"spinereg": json.dumps(said | {"about": dict(about)})}))
+    content = save(tensors, {"spinereg": json.dumps(said | {"about": dict(about)})})
+    return write_atomic(path, lambda aside: aside.write_bytes(content))
 
 
 def find_weights(

@@ -6,10 +6,11 @@
 __all__ = ['PUBLISHED', 'PRESETS', 'on_device', 'grid_of', 'move_batch', 'similarity_both_ways', 'loss_terms',
            'preset_parameters', 'Learner', 'learn', 'skip', 'mean_dice', 'measure', 'validate', 'score',
            'learns_nothing', 'save_checkpoint', 'load_checkpoint', 'Records', 'read_records', 'epoch_row', 'check_fit',
-           'Split', 'prepare_split', 'warn_of_leaks', 'make_accelerator', 'Fitted', 'begin', 'first_network',
-           'stage_weights', 'train_epoch', 'validate_together', 'keep', 'close_epoch', 'fit', 'draw_training']
+           'Split', 'prepare_split', 'prepare_splits', 'make_accelerator', 'Fitted', 'begin', 'first_network',
+           'make_learner', 'progress', 'stage_weights', 'train_epoch', 'validate_together', 'keep', 'close_epoch',
+           'cut_crop', 'crops_of', 'run_epoch', 'fit', 'draw_training']
 
-# %% ../nbs/18_training.ipynb #10a019d2
+# %% ../nbs/18_training.ipynb #e6d6ace8
 import contextlib
 import io
 import itertools
@@ -54,7 +55,7 @@ from spinereg.penalties import (
 )
 from .viz import Picture
 
-# %% ../nbs/18_training.ipynb #ee5e8faa
+# %% ../nbs/18_training.ipynb #e4e10c8f
 def on_device(
     batch: Mapping[str, object],  # crops, and the names of their cases
     device: torch.device,
@@ -81,7 +82,7 @@ def move_batch(
     velocity, onto = predict(network, batch["fixed"], batch["moving"], grid)
     return move(velocity, onto, grid, batch["fixed"], batch["moving"], batch["labels"][:, 0])
 
-# %% ../nbs/18_training.ipynb #d5987967
+# %% ../nbs/18_training.ipynb #62a36261
 def similarity_both_ways(
     batch: Mapping[str, Tensor],  # fixed, moving, mask: (b, 1, i, j, k)
     moved: Float[Tensor, "b 1 i j k"],  # moving image on the fixed one
@@ -116,7 +117,7 @@ def loss_terms(
         }
     return terms
 
-# %% ../nbs/18_training.ipynb #d59fdb8f
+# %% ../nbs/18_training.ipynb #d145c5e9
 PUBLISHED = {"weight_oc": 0.005, "weight_pc": 0.01, "weight_rd": 0.1, "weight_rf": 0.01}
 
 PRESETS = {  # such as "mind", "mind_pc_rf", "lncc_oc", "mind_full_pc"
@@ -140,7 +141,7 @@ def preset_parameters(
         raise ValueError(f"preset={name!r}: expected one of {', '.join(PRESETS)}")
     return PRESETS[name] if name else {}
 
-# %% ../nbs/18_training.ipynb #3af535a3
+# %% ../nbs/18_training.ipynb #4d22e59b
 @dataclass
 class Learner:
     "What changes while a network learns."
@@ -207,7 +208,7 @@ def skip(
     learner.accelerator.print(f"{said}; step skipped")
     return {"loss": math.nan}
 
-# %% ../nbs/18_training.ipynb #54955d36
+# %% ../nbs/18_training.ipynb #9f65f28f
 def mean_dice(
     a: Int[Tensor, "i j k"],  # 0 is background
     b: Int[Tensor, "i j k"],
@@ -241,7 +242,7 @@ def measure(
         "residual_median_mm": float(np.median([row.residual_rms_mm for row in rows])) if rows else math.nan,
     }
 
-# %% ../nbs/18_training.ipynb #18d026e2
+# %% ../nbs/18_training.ipynb #e4fd7359
 @torch.no_grad()
 def validate(
     network: torch.nn.Module,
@@ -282,7 +283,7 @@ def learns_nothing(
         return f"on the validation cases nothing moves (mean displacement {moves:.3f} mm)"
     return f"on the validation cases the images are no more alike than before ({change:+.4f})" if change >= 0 else ""
 
-# %% ../nbs/18_training.ipynb #a5fd8140
+# %% ../nbs/18_training.ipynb #4386a361
 def save_checkpoint(
     path: str | Path,
     learner: Learner,
@@ -317,7 +318,8 @@ def load_checkpoint(
     if state.get("format") != FORMAT:
         raise ValueError(f"{path} has the format {state.get('format')!r}, expected {FORMAT!r}; train anew, or use the version that wrote it")
     then = json.loads(state["settings"])
-    fixed = ("full_resolution", "spacing_mm", "learning_rate", "decay")
+    fixed = ["full_resolution", "spacing_mm", "similarity", "learning_rate", "decay", "seed"]
+    fixed += ["epochs_similarity"] if state["stage"] == "rigidity" else []
     wrong = [f"{name}={settings[name]!r}, was {then[name]!r}" for name in fixed if settings[name] != then[name]]
     if wrong:
         fix = "take the old values, or another out_dir and start='last.safetensors'"
@@ -335,7 +337,7 @@ def load_checkpoint(
     if torch.cuda.is_available() and len(state["random_cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["random_cuda"])
 
-# %% ../nbs/18_training.ipynb #9743e00b
+# %% ../nbs/18_training.ipynb #991cd474
 class Records(NamedTuple):
     "What happened in a training; each a list of rows."
 
@@ -374,7 +376,7 @@ def epoch_row(
     means = table.mean().to_dict() | most | {f"crop_{name}": seen[name] for name in names}
     return {"epoch": epoch, "stage": stage, "seconds": round(seconds, 2)} | means
 
-# %% ../nbs/18_training.ipynb #c27d686d
+# %% ../nbs/18_training.ipynb #7340f657
 def check_fit(
     given: Mapping,  # arguments of `fit` by name
 ) -> None:
@@ -397,14 +399,14 @@ def check_fit(
     if wrong:
         raise ValueError("fit: " + "; ".join(wrong))
 
-# %% ../nbs/18_training.ipynb #843b81c1
+# %% ../nbs/18_training.ipynb #447efdfa
 class Split(NamedTuple):
     "The prepared cases of train or val."
 
     cases: Dataset
     indices: list[int]  # those that can be used
     left_out: pd.DataFrame  # case, vertebra, reason
-    contents: list[dict]  # case and voxels of those
+    contents: list[dict]  # case, voxels and shape of those
 
 
 def prepare_split(
@@ -426,13 +428,22 @@ def prepare_split(
     items = [cases[index] for index in indices]
     if not any(item["labels"].any() for item in items):
         print(f"{split}: rigidity off: no labels")
-    return Split(cases, indices, left_out, [{key: item[key] for key in ("case", "voxels")} for item in items])
+    contents = [{"case": item["case"], "voxels": item["voxels"], "shape": tuple(item["fixed"].shape[1:])} for item in items]
+    return Split(cases, indices, left_out, contents)
 
 
-def warn_of_leaks(*splits: Split) -> None:
-    "Say which cases are in both splits, so that a validation on them proves nothing."
+def prepare_splits(
+    data_dir: str | Path,
+    prepare_case: PrepareCase,
+    cache: str,
+    cache_dir: Path,
+    workers: int,
+) -> list[Split]:  # train and val
+    "Prepare both splits; say which cases are in both, so that a validation on them proves nothing."
+    splits = [prepare_split(data_dir, split, prepare_case, cache, cache_dir, workers) for split in ("train", "val")]
     for finding in compare_cases([item for split in splits for item in split.contents]):
         print(f"{finding.case}: {finding.reason}; what is measured on it says nothing about unseen cases. {finding.fix}")
+    return splits
 
 
 def make_accelerator(
@@ -455,7 +466,7 @@ def make_accelerator(
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # while one process prepares the cases
     return Accelerator(**where, log_with=None if logger == "none" else logger, project_dir=str(out_dir), kwargs_handlers=[patience])
 
-# %% ../nbs/18_training.ipynb #74d17f22
+# %% ../nbs/18_training.ipynb #43056a10
 class Fitted(NamedTuple):
     "A trained network and how it came about."
 
@@ -483,6 +494,8 @@ def begin(
     if not there:
         return Records([], [], [])
     load_checkpoint(last, learner, settings)
+    if learner.epoch >= settings["epochs_similarity"] + settings["epochs_rigidity"]:
+        learner.accelerator.print("all of its epochs are done: nothing is trained; more epochs_similarity or epochs_rigidity train on")
     return read_records(out_dir, learner.epoch)
 
 
@@ -501,6 +514,39 @@ def first_network(
     return trained.network
 
 
+def make_learner(
+    accelerator,  # accelerate.Accelerator
+    network: UNet,
+    learning_rate: float,
+    decay: float,  # per epoch
+) -> Learner:
+    "A network with Adam and a falling learning rate."
+    optimiser = torch.optim.Adam(network.parameters(), lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimiser, decay)
+    return Learner(*accelerator.prepare(network, optimiser), schedule, accelerator)
+
+
+def progress(
+    learner: Learner,
+    epochs: int,  # in all
+    per_epoch: int,  # steps
+    on_step: Callable[[dict], None] | None,  # called with every row
+) -> tuple[tqdm, Callable[[dict], None]]:  # the bar, and what moves it by a step
+    "A bar with the time left."
+    shown = {"bar_format": PROGRESS, "mininterval": 10, "file": sys.stdout, "disable": not learner.accelerator.is_main_process}
+    bar = tqdm(total=epochs * per_epoch, initial=learner.epoch * per_epoch, **shown)
+    steps = itertools.count(learner.epoch * per_epoch + 1)
+
+    def note(row: dict) -> None:
+        row |= {"epoch": learner.epoch + 1, "stage": learner.stage, "step": next(steps)}
+        bar.set_description_str(f"epoch {row['epoch']}/{epochs} ({learner.stage}), loss {row['loss']:.4f}", refresh=False)
+        bar.update()
+        if on_step is not None:
+            on_step(row)
+
+    return bar, note
+
+
 def stage_weights(
     settings: Mapping,  # parameters of `fit`
 ) -> dict[str, dict[str, float]]:  # per stage, the weight of each term
@@ -509,7 +555,7 @@ def stage_weights(
     names = {"orthonormality": "weight_oc", "properness": "weight_pc", "rigid_dice": "weight_rd", "rigid_field": "weight_rf"}
     return {"similarity": first, "rigidity": first | {term: settings[name] for term, name in names.items()}}
 
-# %% ../nbs/18_training.ipynb #16a76c1e
+# %% ../nbs/18_training.ipynb #370a13e0
 def train_epoch(
     learner: Learner,
     loader: DataLoader,
@@ -544,7 +590,7 @@ def validate_together(
     rows = validate(network, split.cases, mine, similarity, spacing_mm, weights, accelerator.device)
     return pd.DataFrame(gather_object(rows)).sort_values("case", ignore_index=True)
 
-# %% ../nbs/18_training.ipynb #4e83f97c
+# %% ../nbs/18_training.ipynb #72ad7789
 def keep(
     learner: Learner,
     out_dir: Path,
@@ -579,7 +625,65 @@ def close_epoch(
     if learner.accelerator.is_main_process:
         records.write(out_dir)
 
-# %% ../nbs/18_training.ipynb #6e7c24a6
+# %% ../nbs/18_training.ipynb #7c702b70
+def cut_crop(
+    crop: Sequence[int],  # voxels
+    split: Split,
+) -> tuple[int, ...]:
+    "A crop no larger than the largest case."
+    largest = np.max([item["shape"] for item in split.contents], axis=0)
+    cut = tuple(int(min(n, most)) for n, most in zip(crop, largest))
+    if cut != tuple(crop):
+        print(f"crops of {' x '.join(map(str, crop))} voxels are larger than any case at this spacing_mm; cut to {' x '.join(map(str, cut))}")
+    return cut
+
+
+def crops_of(
+    split: Split,
+    epoch: int,
+    settings: Mapping,  # parameters of `fit`
+    accelerator,  # accelerate.Accelerator; its processes share an epoch
+) -> Crops:
+    "The crops of one epoch, of this process."
+    chance = settings["affine_probability"], settings["intensity_probability"]
+    transform = crop_transform(settings["crop"], settings["spacing_mm"], *chance)
+    place = accelerator.process_index, accelerator.num_processes
+    return Crops(split.cases, split.indices, transform, settings["crops_per_case"], epoch, settings["seed"], *place)
+
+# %% ../nbs/18_training.ipynb #648e88d8
+def run_epoch(
+    learner: Learner,
+    train: Split,
+    val: Split,
+    records: Records,
+    out_dir: Path,
+    settings: Mapping,  # parameters of `fit`
+    on_step: Callable[[dict], None],  # called with every row
+) -> None:
+    "Train for one epoch, look at what came of it, log it, and keep the weights."
+    began, ends = time.perf_counter(), (settings["epochs_similarity"], settings["epochs_similarity"] + settings["epochs_rigidity"])
+    stage = "similarity" if learner.epoch < ends[0] else "rigidity"
+    if stage != learner.stage and learner.stage:
+        keep(learner, out_dir, "stage1", settings)
+        learner.best = -math.inf
+    learner.stage = stage
+    how = {"similarity": settings["similarity"], "spacing_mm": settings["spacing_mm"], "weights": stage_weights(settings)[stage]}
+    crops = crops_of(train, learner.epoch, settings, learner.accelerator)
+    loader = DataLoader(crops, settings["batch_size"], num_workers=settings["workers"])
+    rows = train_epoch(learner, loader, settings["accumulate"], on_step=on_step, **how)
+    learner.schedule.step()
+    learner.epoch += 1
+    [seen] = validate(learner.accelerator.unwrap_model(learner.network), crops, [0], device=learner.accelerator.device, **how)
+    records.steps.extend(rows)
+    records.epochs.append(epoch_row(learner.epoch, stage, rows, seen, time.perf_counter() - began))
+    due = learner.epoch % settings["validate_every"] == 0 or learner.epoch in ends
+    close_epoch(learner, records, validate_together(learner, val, **how) if due else None, out_dir, settings)
+    if learner.skipped == 0 and (learner.epoch % settings["checkpoint_every"] == 0 or learner.epoch in ends):
+        keep(learner, out_dir, "last", settings)
+        if learner.accelerator.is_main_process:
+            save_checkpoint(out_dir / "last.pt", learner, settings)
+
+# %% ../nbs/18_training.ipynb #dcf5bd75
 def fit(
     data_dir: str | Path,  # folder with train and val, see `spinereg.data`
     out_dir: str | Path,  # where weights, checkpoints and tables go
@@ -620,61 +724,28 @@ def fit(
     "Train a network in two stages: similarity and smoothness first, then rigid vertebrae as well."
     settings = {name: value for name, value in locals().items() if name != "on_step"}
     check_fit(settings)
-    out_dir, total, stages = Path(out_dir), epochs_similarity + epochs_rigidity, stage_weights(settings)
+    out_dir, total = Path(out_dir), epochs_similarity + epochs_rigidity
     accelerator = make_accelerator(device, mixed_precision, logger, out_dir)
     torch.manual_seed(seed)
-    network = first_network(start, full_resolution, spacing_mm)
-    optimiser = torch.optim.Adam(network.parameters(), lr=learning_rate)
-    schedule = torch.optim.lr_scheduler.ExponentialLR(optimiser, decay)
-    learner = Learner(*accelerator.prepare(network, optimiser), schedule, accelerator)
+    learner = make_learner(accelerator, first_network(start, full_resolution, spacing_mm), learning_rate, decay)
     records = begin(out_dir, resume, learner, settings)
-    prepare_case = PrepareCase(spacing_mm, prealign, moving_scheme, fixed_scheme)
     with accelerator.main_process_first(), contextlib.redirect_stdout(sys.stdout if accelerator.is_main_process else io.StringIO()):
-        train, val = (prepare_split(data_dir, split, prepare_case, cache, cache_dir or out_dir / "prepared", workers) for split in ("train", "val"))
-        warn_of_leaks(train, val)
-    transform = crop_transform(tuple(crop), spacing_mm, affine_probability, intensity_probability)
+        prepared = PrepareCase(spacing_mm, prealign, moving_scheme, fixed_scheme), cache, cache_dir or out_dir / "prepared", workers
+        train, val = prepare_splits(data_dir, *prepared)
+        settings["crop"] = cut_crop(crop, train)
     accelerator.init_trackers("spinereg", {name: value if isinstance(value, (int, float)) else str(value) for name, value in settings.items()})
-    crops = Crops(train.cases, train.indices, transform, crops_per_case, 0, seed, accelerator.process_index, accelerator.num_processes)
-    per_epoch = -(-len(crops) // (batch_size * accumulate))
-    shown = {"bar_format": PROGRESS, "mininterval": 10, "file": sys.stdout, "disable": not accelerator.is_main_process}
-    bar = tqdm(total=total * per_epoch, initial=learner.epoch * per_epoch, **shown)
-
-    def note(row: dict) -> None:
-        row |= {"epoch": learner.epoch + 1, "stage": stage, "step": bar.n + 1}
-        bar.set_description_str(f"epoch {row['epoch']}/{total} ({stage}), loss {row['loss']:.4f}", refresh=False)
-        bar.update()
-        if on_step is not None:
-            on_step(row)
-
+    bar, note = progress(learner, total, -(-len(crops_of(train, 0, settings, accelerator)) // (batch_size * accumulate)), on_step)
     try:
-        for epoch in range(learner.epoch, total):
-            stage, began = "similarity" if epoch < epochs_similarity else "rigidity", time.perf_counter()
-            if stage != learner.stage and learner.stage:
-                keep(learner, out_dir, "stage1", settings)
-                learner.best = -math.inf
-            learner.stage = stage
-            crops = Crops(train.cases, train.indices, transform, crops_per_case, epoch, seed, accelerator.process_index, accelerator.num_processes)
-            loader = DataLoader(crops, batch_size, num_workers=workers)
-            records.steps.extend(train_epoch(learner, loader, accumulate, stages[stage], similarity, spacing_mm, note))
-            schedule.step()
-            learner.epoch = epoch + 1
-            seen = validate(accelerator.unwrap_model(learner.network), crops, [0], similarity, spacing_mm, stages[stage], accelerator.device)
-            records.epochs.append(epoch_row(learner.epoch, stage, records.steps[-per_epoch:], seen[0], time.perf_counter() - began))
-            due = learner.epoch % validate_every == 0 or learner.epoch in (epochs_similarity, total)
-            checked = validate_together(learner, val, stages[stage], similarity, spacing_mm) if due else None
-            close_epoch(learner, records, checked, out_dir, settings)
-            if learner.skipped == 0 and (learner.epoch % checkpoint_every == 0 or learner.epoch in (epochs_similarity, total)):
-                keep(learner, out_dir, "last", settings)
-                if accelerator.is_main_process:
-                    save_checkpoint(out_dir / "last.pt", learner, settings)
+        for _ in range(learner.epoch, total):
+            run_epoch(learner, train, val, records, out_dir, settings, note)
     finally:
         bar.close()
         accelerator.end_training()
     network = accelerator.unwrap_model(learner.network, keep_fp32_wrapper=False).cpu().eval()
-    tables = (pd.DataFrame(rows) for rows in records)
-    return Fitted(network, out_dir / "best.safetensors", *tables, pd.concat([train.left_out, val.left_out], ignore_index=True))
+    left_out = pd.concat([train.left_out, val.left_out], ignore_index=True)
+    return Fitted(network, out_dir / "best.safetensors", *map(pd.DataFrame, records), left_out)
 
-# %% ../nbs/18_training.ipynb #0b3db6cd
+# %% ../nbs/18_training.ipynb #6d22a153
 def draw_training(
     epochs: pd.DataFrame,  # as in `Fitted`
     validation: pd.DataFrame,  # likewise

@@ -1,6 +1,7 @@
 "The published networks and what their velocity does, against counted weights, explicit padding, averaged coordinates and matrix exponentials."
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,6 @@ from safetensors.torch import save_file
 from scipy.linalg import expm
 from scipy.ndimage import map_coordinates
 
-from spinereg import networks
 from spinereg.fields import resample_field
 from spinereg.geometry import Grid
 from spinereg.networks import UNet, find_weights, halvings, load_network, move, predict, save_weights, velocity_grid
@@ -239,13 +239,15 @@ def test_c12_a_failed_write_leaves_the_old_weights(tmp_path, monkeypatch):
     """C12: written aside and put in place in one step."""
     file = save_weights(tmp_path / "best.safetensors", UNet(), 1.0, {"epoch": 1})
 
-    def half_written(tensors, path, said):
-        path.write_bytes(b"half of it")
+    def half_written(path, content):
+        with open(path, "wb") as out:
+            out.write(content[: len(content) // 2])
         raise OSError("disk full")
 
-    monkeypatch.setattr(networks, "save_file", half_written)
-    with pytest.raises(OSError, match="disk full"):
-        save_weights(file, UNet(), 1.0, {"epoch": 2})
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", half_written)
+        with pytest.raises(OSError, match="disk full"):
+            save_weights(file, UNet(), 1.0, {"epoch": 2})
     assert load_network(file).about == {"epoch": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["best.safetensors"]
 

@@ -337,3 +337,18 @@ def test_all_wrong_settings_are_named_at_once(tmp_path):
 def test_a_split_without_cases_says_what_was_looked_for(tmp_path):
     with pytest.raises(ValueError, match="no case found as .*train"):
         fit(tmp_path, tmp_path / "out", **(QUICK | {"epochs_similarity": 1}))
+
+
+def test_resume_refuses_what_would_silently_be_another_training(four, quick, capsys):
+    """Another similarity or seed; more epochs of a stage that is over; nothing left to do is said."""
+    same = quick | {"out_dir": four[0], "epochs_similarity": 2, "epochs_rigidity": 2, "resume": True}
+    for change in ({"similarity": "mi"}, {"seed": 1}, {"epochs_similarity": 3}):
+        with pytest.raises(ValueError, match=f"resume: {next(iter(change))}="):
+            fit(**(same | change))
+    assert len(fit(**same).epochs) == 4 and "nothing is trained" in capsys.readouterr().out
+
+
+def test_a_crop_larger_than_every_case_is_cut(quick, tmp_path, capsys):
+    fit(out_dir=tmp_path, epochs_similarity=1, epochs_rigidity=0, **(quick | {"crop": (64, 128, 64)}))
+    assert "crops of 64 x 128 x 64 voxels are larger than any case at this spacing_mm; cut to 13 x 20 x 32" in capsys.readouterr().out
+    assert (tmp_path / "last.safetensors").stat().st_mode == (tmp_path / "epochs.csv").stat().st_mode
