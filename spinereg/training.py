@@ -10,7 +10,7 @@ __all__ = ['PUBLISHED', 'PRESETS', 'on_device', 'grid_of', 'move_batch', 'simila
            'make_learner', 'progress', 'stage_weights', 'train_epoch', 'validate_together', 'keep', 'close_epoch',
            'cut_crop', 'crops_of', 'run_epoch', 'fit', 'draw_training']
 
-# %% ../nbs/18_training.ipynb #e6d6ace8
+# %% ../nbs/18_training.ipynb #9eddec34
 import contextlib
 import io
 import itertools
@@ -55,7 +55,7 @@ from spinereg.penalties import (
 )
 from .viz import Picture
 
-# %% ../nbs/18_training.ipynb #e4e10c8f
+# %% ../nbs/18_training.ipynb #fa3b1b42
 def on_device(
     batch: Mapping[str, object],  # crops, and the names of their cases
     device: torch.device,
@@ -82,7 +82,7 @@ def move_batch(
     velocity, onto = predict(network, batch["fixed"], batch["moving"], grid)
     return move(velocity, onto, grid, batch["fixed"], batch["moving"], batch["labels"][:, 0])
 
-# %% ../nbs/18_training.ipynb #62a36261
+# %% ../nbs/18_training.ipynb #1eddadf2
 def similarity_both_ways(
     batch: Mapping[str, Tensor],  # fixed, moving, mask: (b, 1, i, j, k)
     moved: Float[Tensor, "b 1 i j k"],  # moving image on the fixed one
@@ -117,7 +117,7 @@ def loss_terms(
         }
     return terms
 
-# %% ../nbs/18_training.ipynb #d145c5e9
+# %% ../nbs/18_training.ipynb #3c1dc485
 PUBLISHED = {"weight_oc": 0.005, "weight_pc": 0.01, "weight_rd": 0.1, "weight_rf": 0.01}
 
 PRESETS = {  # such as "mind", "mind_pc_rf", "lncc_oc", "mind_full_pc"
@@ -141,7 +141,7 @@ def preset_parameters(
         raise ValueError(f"preset={name!r}: expected one of {', '.join(PRESETS)}")
     return PRESETS[name] if name else {}
 
-# %% ../nbs/18_training.ipynb #4d22e59b
+# %% ../nbs/18_training.ipynb #9ce3bf3f
 @dataclass
 class Learner:
     "What changes while a network learns."
@@ -190,7 +190,7 @@ def learn(
     row = dict(zip(values, torch.stack(rows).mean(0).tolist()))
     return row | {"displacement_max_mm": max(longest).item(), "gradient_norm": norm.item()}
 
-
+# %% ../nbs/18_training.ipynb #de374346
 def skip(
     learner: Learner,
     cases: Sequence[str],  # of this process
@@ -208,7 +208,7 @@ def skip(
     learner.accelerator.print(f"{said}; step skipped")
     return {"loss": math.nan}
 
-# %% ../nbs/18_training.ipynb #9f65f28f
+# %% ../nbs/18_training.ipynb #ee0a7202
 def mean_dice(
     a: Int[Tensor, "i j k"],  # 0 is background
     b: Int[Tensor, "i j k"],
@@ -242,7 +242,7 @@ def measure(
         "residual_median_mm": float(np.median([row.residual_rms_mm for row in rows])) if rows else math.nan,
     }
 
-# %% ../nbs/18_training.ipynb #e4fd7359
+# %% ../nbs/18_training.ipynb #1e759045
 @torch.no_grad()
 def validate(
     network: torch.nn.Module,
@@ -283,7 +283,7 @@ def learns_nothing(
         return f"on the validation cases nothing moves (mean displacement {moves:.3f} mm)"
     return f"on the validation cases the images are no more alike than before ({change:+.4f})" if change >= 0 else ""
 
-# %% ../nbs/18_training.ipynb #4386a361
+# %% ../nbs/18_training.ipynb #4aa69000
 def save_checkpoint(
     path: str | Path,
     learner: Learner,
@@ -337,7 +337,7 @@ def load_checkpoint(
     if torch.cuda.is_available() and len(state["random_cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["random_cuda"])
 
-# %% ../nbs/18_training.ipynb #991cd474
+# %% ../nbs/18_training.ipynb #209e5455
 class Records(NamedTuple):
     "What happened in a training; each a list of rows."
 
@@ -376,7 +376,7 @@ def epoch_row(
     means = table.mean().to_dict() | most | {f"crop_{name}": seen[name] for name in names}
     return {"epoch": epoch, "stage": stage, "seconds": round(seconds, 2)} | means
 
-# %% ../nbs/18_training.ipynb #7340f657
+# %% ../nbs/18_training.ipynb #aa0ab39e
 def check_fit(
     given: Mapping,  # arguments of `fit` by name
 ) -> None:
@@ -399,7 +399,7 @@ def check_fit(
     if wrong:
         raise ValueError("fit: " + "; ".join(wrong))
 
-# %% ../nbs/18_training.ipynb #447efdfa
+# %% ../nbs/18_training.ipynb #1be4e6c9
 class Split(NamedTuple):
     "The prepared cases of train or val."
 
@@ -445,7 +445,7 @@ def prepare_splits(
         print(f"{finding.case}: {finding.reason}; what is measured on it says nothing about unseen cases. {finding.fix}")
     return splits
 
-
+# %% ../nbs/18_training.ipynb #436685c7
 def make_accelerator(
     device: str,  # "auto", "cpu" or "cuda"
     mixed_precision: str,
@@ -466,7 +466,7 @@ def make_accelerator(
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # while one process prepares the cases
     return Accelerator(**where, log_with=None if logger == "none" else logger, project_dir=str(out_dir), kwargs_handlers=[patience])
 
-# %% ../nbs/18_training.ipynb #43056a10
+# %% ../nbs/18_training.ipynb #02aef9f8
 class Fitted(NamedTuple):
     "A trained network and how it came about."
 
@@ -498,7 +498,7 @@ def begin(
         learner.accelerator.print("all of its epochs are done: nothing is trained; more epochs_similarity or epochs_rigidity train on")
     return read_records(out_dir, learner.epoch)
 
-
+# %% ../nbs/18_training.ipynb #9f34497d
 def first_network(
     start: str | Path | None,
     full_resolution: bool,
@@ -525,7 +525,7 @@ def make_learner(
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimiser, decay)
     return Learner(*accelerator.prepare(network, optimiser), schedule, accelerator)
 
-
+# %% ../nbs/18_training.ipynb #a1c16f89
 def progress(
     learner: Learner,
     epochs: int,  # in all
@@ -546,7 +546,7 @@ def progress(
 
     return bar, note
 
-
+# %% ../nbs/18_training.ipynb #924b2ae4
 def stage_weights(
     settings: Mapping,  # parameters of `fit`
 ) -> dict[str, dict[str, float]]:  # per stage, the weight of each term
@@ -555,7 +555,7 @@ def stage_weights(
     names = {"orthonormality": "weight_oc", "properness": "weight_pc", "rigid_dice": "weight_rd", "rigid_field": "weight_rf"}
     return {"similarity": first, "rigidity": first | {term: settings[name] for term, name in names.items()}}
 
-# %% ../nbs/18_training.ipynb #370a13e0
+# %% ../nbs/18_training.ipynb #346b080e
 def train_epoch(
     learner: Learner,
     loader: DataLoader,
@@ -590,7 +590,7 @@ def validate_together(
     rows = validate(network, split.cases, mine, similarity, spacing_mm, weights, accelerator.device)
     return pd.DataFrame(gather_object(rows)).sort_values("case", ignore_index=True)
 
-# %% ../nbs/18_training.ipynb #72ad7789
+# %% ../nbs/18_training.ipynb #80d51860
 def keep(
     learner: Learner,
     out_dir: Path,
@@ -625,7 +625,7 @@ def close_epoch(
     if learner.accelerator.is_main_process:
         records.write(out_dir)
 
-# %% ../nbs/18_training.ipynb #7c702b70
+# %% ../nbs/18_training.ipynb #0dd065ab
 def cut_crop(
     crop: Sequence[int],  # voxels
     split: Split,
@@ -650,7 +650,7 @@ def crops_of(
     place = accelerator.process_index, accelerator.num_processes
     return Crops(split.cases, split.indices, transform, settings["crops_per_case"], epoch, settings["seed"], *place)
 
-# %% ../nbs/18_training.ipynb #648e88d8
+# %% ../nbs/18_training.ipynb #18734ed2
 def run_epoch(
     learner: Learner,
     train: Split,
@@ -683,7 +683,7 @@ def run_epoch(
         if learner.accelerator.is_main_process:
             save_checkpoint(out_dir / "last.pt", learner, settings)
 
-# %% ../nbs/18_training.ipynb #dcf5bd75
+# %% ../nbs/18_training.ipynb #47941e75
 def fit(
     data_dir: str | Path,  # folder with train and val, see `spinereg.data`
     out_dir: str | Path,  # where weights, checkpoints and tables go
@@ -742,10 +742,9 @@ def fit(
         bar.close()
         accelerator.end_training()
     network = accelerator.unwrap_model(learner.network, keep_fp32_wrapper=False).cpu().eval()
-    left_out = pd.concat([train.left_out, val.left_out], ignore_index=True)
-    return Fitted(network, out_dir / "best.safetensors", *map(pd.DataFrame, records), left_out)
+    return Fitted(network, out_dir / "best.safetensors", *map(pd.DataFrame, records), pd.concat([train.left_out, val.left_out], ignore_index=True))
 
-# %% ../nbs/18_training.ipynb #6d22a153
+# %% ../nbs/18_training.ipynb #e62fac24
 def draw_training(
     epochs: pd.DataFrame,  # as in `Fitted`
     validation: pd.DataFrame,  # likewise
