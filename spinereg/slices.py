@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['CT_WINDOWS_HU', 'SHOW', 'ORANGE', 'BLUE', 'JACOBIAN_COLOURS', 'UNITS', 'LivePicture', 'Stack', 'read_onto',
            'renumber', 'pair_stack', 'result_stack', 'grey', 'mix', 'jacobian_colours', 'grid_lines', 'arrows', 'Look',
-           'auto_window', 'label_centre', 'first_look', 'describe_point', 'slice_colours', 'Panel', 'make_panel',
-           'turn_panel', 'draw_strip', 'draw_scale', 'SlicePicture']
+           'auto_window', 'label_centre', 'showable', 'first_look', 'describe_point', 'slice_colours', 'Panel',
+           'make_panel', 'turn_panel', 'draw_strip', 'draw_scale', 'SlicePicture']
 
-# %% ../nbs/21a_slices.ipynb #a7005313
+# %% ../nbs/21a_slices.ipynb #dfc79d3f
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from io import BytesIO
 from typing import NamedTuple
 
@@ -34,7 +34,7 @@ from .results import Registration
 from .viz import AXIAL, CORONAL, SAGITTAL, Picture, Plane, cut, find_outlines, show_slice
 from .volumes import Labels, Volume
 
-# %% ../nbs/21a_slices.ipynb #d1ce6035
+# %% ../nbs/21a_slices.ipynb #134b3524
 class LivePicture(Picture):
     "A figure of which a few artists change; only those are drawn again."
 
@@ -67,7 +67,7 @@ class LivePicture(Picture):
             Image.fromarray(np.asarray(self.canvas.buffer_rgba())[..., :3]).save(png, "png", compress_level=1)
             return png.getvalue()
 
-# %% ../nbs/21a_slices.ipynb #814792ca
+# %% ../nbs/21a_slices.ipynb #78513e21
 class Stack(NamedTuple):
     "Images, label maps and fields on one grid."
 
@@ -103,7 +103,7 @@ def renumber(
     table = torch.tensor([0, *(names.index(name) + 1 for name in own)], dtype=torch.int32)
     return table[labels.cpu().long()]
 
-# %% ../nbs/21a_slices.ipynb #49918a05
+# %% ../nbs/21a_slices.ipynb #637173d0
 def pair_stack(
     pair: Pair,
 ) -> Stack:
@@ -127,7 +127,8 @@ def result_stack(
     "A registered pair, on the working grid."
     pair, view, grid, rigid = result.pair, result.view, result.view.grid, result.start.matrix
     disp = result.transform.deformation(grid)
-    images = {"fixed": read_onto(pair.fixed, grid), "moving": read_onto(pair.moving, grid, world=rigid), "moved": read_onto(pair.moving, grid, disp, rigid)}
+    moving, moved = (read_onto(pair.moving, grid, u, rigid) for u in (None, disp))
+    images = {"fixed": read_onto(pair.fixed, grid), "moving": moving, "moved": moved}
     modalities = {"fixed": pair.fixed_modality, "moving": pair.moving_modality, "moved": pair.moving_modality}
     own = pair.fixed_labels.names if pair.fixed_labels else ()
     names = tuple(name for name in VERTEBRAE if name in own or name in view.names)
@@ -136,7 +137,7 @@ def result_stack(
         labels |= {"moving": renumber(view.labels_before, view.names, names), "moved": renumber(view.labels, view.names, names)}
     return Stack(grid, images, modalities, labels, names, result.vertebrae, view.jacobian_det.cpu(), disp[0].cpu())
 
-# %% ../nbs/21a_slices.ipynb #83afff78
+# %% ../nbs/21a_slices.ipynb #42853904
 CT_WINDOWS_HU = {"bone": (-500.0, 1300.0), "spine": (-250.0, 1250.0), "soft tissue": (-160.0, 240.0), "all": (-1000.0, 2000.0)}
 SHOW = ("fixed", "moving", "moved", "blend", "colours", "checkerboard", "difference", "jacobian")
 ORANGE, BLUE = np.array([1.0, 0.5, 0.0], np.float32), np.array([0.0, 0.5, 1.0], np.float32)
@@ -168,7 +169,7 @@ def mix(
         return np.where((rows[:, None] + columns) % 2 == 0, one, other)[..., None]
     return ((1 - fade) * one + fade * other)[..., None]
 
-# %% ../nbs/21a_slices.ipynb #a14dcf3d
+# %% ../nbs/21a_slices.ipynb #d0a9e3b8
 JACOBIAN_COLOURS = matplotlib.colormaps["RdBu_r"](np.linspace(0, 1, 256))[:, :3].astype(np.float32)
 
 
@@ -180,7 +181,7 @@ def jacobian_colours(
     place = np.clip((det - 1) / half_range, -1, 1) * 127.5 + 127.5
     return np.where(det[..., None] > 0, JACOBIAN_COLOURS[place.round().astype(int)], 0)
 
-# %% ../nbs/21a_slices.ipynb #efdaef0d
+# %% ../nbs/21a_slices.ipynb #5be0c891
 def grid_lines(
     disp: Float[Tensor, "3 i j k"],  # mm, along the axes of the grid
     grid: Grid,
@@ -213,7 +214,7 @@ def arrows(
     some = slice(step[0] // 2, None, step[0]), slice(step[1] // 2, None, step[1])
     return places[some].reshape(-1, 2), u[some].reshape(-1, 2)
 
-# %% ../nbs/21a_slices.ipynb #cefb595d
+# %% ../nbs/21a_slices.ipynb #3d3bc587
 @dataclass(frozen=True)
 class Look:
     "What a picture of slices shows."
@@ -251,17 +252,27 @@ def label_centre(
     return tuple(voxels.double().median(0).values.int().tolist())
 
 
+def showable(
+    stack: Stack,
+) -> list[str]:
+    "What of `SHOW` there is to show."
+    return [name for name in SHOW if stack.disp is not None or name not in ("moved", "jacobian")]
+
+
 def first_look(
     stack: Stack,
     **choices,  # fields of `Look`
 ) -> Look:
     "The middle of the spine, all in its usual window."
+    if choices.get("show", "blend") not in showable(stack) or choices.get("lines", "none") not in ("none", "grid", "arrows"):
+        given = {name: choices[name] for name in ("show", "lines") if name in choices}
+        raise ValueError(f"{given}: expected show as one of {', '.join(showable(stack))}, and lines as none, grid or arrows")
     middle = tuple(n // 2 for n in stack.grid.shape)
     windows = {name: auto_window(image, stack.modalities[name]) for name, image in stack.images.items()}
     at = label_centre(stack, stack.names[len(stack.names) // 2]) if stack.names else middle
     return Look(**{"at": at, "windows": windows} | choices)
 
-# %% ../nbs/21a_slices.ipynb #e1abeb8d
+# %% ../nbs/21a_slices.ipynb #a6c71efe
 UNITS = {"ct": " HU", "mr": ""}
 
 
@@ -282,12 +293,12 @@ def describe_point(
         vertebra = f"{name}: {pose}; residual {row.residual_rms_mm:.2f} mm, volume {row.volume_change_percent:+.1f} %"
     return f"R {x:.1f}   A {y:.1f}   S {z:.1f} mm   voxel {', '.join(map(str, at))}\n{'   '.join(values)}\n{vertebra}"
 
-# %% ../nbs/21a_slices.ipynb #1ced86f6
+# %% ../nbs/21a_slices.ipynb #c3b6f2d8
 def slice_colours(
     stack: Stack,
     plane: Plane,
     look: Look,
-) -> np.ndarray:  # (rows, columns, 3) 0 to 255, rows upwards
+) -> np.ndarray:  # (rows, columns, 4) RGBA 0 to 255, opaque, rows upwards
     "The colours of one slice."
     other = look.show if look.show in stack.images else "moved" if "moved" in stack.images else "moving"
     one, two = (grey(cut(stack.images[name], plane, look.at[plane.axis]), look.windows[name]) for name in ("fixed", other))
@@ -299,9 +310,11 @@ def slice_colours(
     else:
         square = np.maximum(20.0 / stack.grid.spacing_mm[[plane.up, plane.across]], 1).round().astype(int)
         mixed = mix(one, two, look.show, look.fade, square)
-    return np.broadcast_to((255 * mixed).round().astype(np.uint8), (*one.shape, 3))
+    colours = np.full((*one.shape, 4), 255, np.uint8)
+    colours[..., :3] = (255 * mixed).round()
+    return colours
 
-# %% ../nbs/21a_slices.ipynb #ca618b66
+# %% ../nbs/21a_slices.ipynb #ec212141
 class Panel(NamedTuple):
     "One plane of a picture: the artists in it that change."
 
@@ -369,7 +382,7 @@ def turn_panel(
         artist.set_visible(look.crosshair)
     panel.title.set_text(f"{plane.name} {index + 1} of {grid.shape[plane.axis]}")
 
-# %% ../nbs/21a_slices.ipynb #2f64132d
+# %% ../nbs/21a_slices.ipynb #70993ee6
 def draw_strip(
     axes: Sequence[Axes],  # two
     stack: Stack,
@@ -398,7 +411,7 @@ def draw_scale(
     ax.set_title("det J", fontsize=9)
     ax.tick_params(labelsize=7)
 
-# %% ../nbs/21a_slices.ipynb #72896329
+# %% ../nbs/21a_slices.ipynb #98750f22
 class SlicePicture(LivePicture):
     "Planes through one voxel of a stack."
 
