@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SIMILARITIES', 'PROGRESS', 'Scene', 'working_grid', 'Level', 'overlap_mask', 'make_level', 'Terms', 'displacements',
-           'loss_terms', 'Optimised', 'optimise', 'finish']
+           'loss_terms', 'descend', 'look_at', 'Optimised', 'optimise', 'finish']
 
 # %% ../nbs/13a_optimise.ipynb #0ab3f33d
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -19,11 +20,14 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from .fields import blur, coarsen, coverage, integrate, resample_field, warp, warp_labels
+from .fields import blur, coarsen, coverage, integrate, jacobian, resample_field, warp, warp_labels
 from .geometry import Grid, crop_grid, respace_grid
-from .penalties import Bone, bone_jacobian, bone_voxels, diffusion, orthonormality, properness, rigid_field, rigid_motions
+from .motion import vertebra_rigidity
+from .penalties import Bone, bone_jacobian, bone_voxels, determinant, diffusion, orthonormality, properness, rigid_field, rigid_motions
 from .similarity import erode_mask, lncc_loss, mi_loss, mind_loss
+from .steering import Step
 from .transforms import SpineTransform
+from .viz import Overview
 from .volumes import Labels
 
 # %% ../nbs/13a_optimise.ipynb #de42e920
@@ -154,12 +158,75 @@ def loss_terms(
 PROGRESS = "{percentage:3.0f} % |{bar:30}| {elapsed}, {remaining} left; {desc}"
 
 
+def descend(
+    scene: Scene,
+    level: Level,
+    parameter: Float[Tensor, "1 3 i j k"],  # changed in place
+    count: int,  # steps
+    step_mm: float,  # first step length
+    similarity: str,  # "lncc", "mind" or "mi"
+    weights: Mapping[str, float],  # of the terms; may be changed between steps
+    stiffness: float,  # factor of the weights of orthonormality and properness
+) -> Iterator[dict[str, float]]:  # a row per step
+    "Take the steps of one level."
+    optimiser = torch.optim.Adam([parameter], lr=step_mm, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, count, eta_min=0.1 * step_mm)
+    eased = {"orthonormality": stiffness, "properness": stiffness}
+    for step in range(count):
+        fields = displacements(parameter, level)
+        if step % 5 == 0:
+            bone = _bone(scene, level, fields[1])
+        terms = loss_terms(*fields, level, scene.rigid, similarity, bone)._asdict()
+        if not all(term.isfinite().all() for term in terms.values()):
+            said = ", ".join(f"{name} {term.item():g}" for name, term in terms.items())
+            raise FloatingPointError(f"the loss is not finite at {level.grid.spacing_mm[0]:g} mm, step {step} ({said}); a smaller step_mm helps")
+        optimiser.zero_grad()
+        sum(weights[name] * eased.get(name, 1.0) * term for name, term in terms.items()).sum().backward()
+        optimiser.step()
+        schedule.step()
+        length, gradient = fields[1].detach().norm(dim=1), parameter.grad.norm()
+        row = {"level_mm": float(level.grid.spacing_mm[0]), "step": step} | {name: term.item() for name, term in terms.items()}
+        row |= {"displacement_mean_mm": length.mean().item(), "displacement_max_mm": length.max().item(), "gradient_norm": gradient.item()}
+        yield row | {f"weight_{name}": value for name, value in weights.items()}
+
+
+def _bone(scene: Scene, level: Level, disp: Float[Tensor, "1 3 i j k"]) -> Bone | None:
+    "Bone voxels of the moving labels, warped by the present displacement."
+    if scene.labels is None:
+        return None
+    won, share = warp_labels(scene.labels.data[None], scene.labels.grid, level.grid, disp, scene.rigid)
+    return bone_voxels(won * (share > 0.5), len(scene.labels.names), minimum=0)
+
+
+# %% ../nbs/13a_optimise.ipynb #eeb750e4
+@torch.no_grad()
+def look_at(
+    scene: Scene,
+    level: Level,
+    parameter: Float[Tensor, "1 3 i j k"],
+) -> tuple[Overview, dict[str, float]]:  # pictures' data on the level's grid; figures
+    "What the present velocity does."
+    _, disp, _ = displacements(parameter, level)
+    moved = warp(*level.wide_moving, level.grid, disp, world=scene.rigid)[0, 0]
+    at_start, labels, names, det = None, None, (), determinant(jacobian(disp, level.grid))[0]
+    figures = {"folding_percent": 100 * (det <= 0).float().mean().item()}
+    if scene.labels is not None:
+        names, read = scene.labels.names, partial(warp_labels, scene.labels.data[None], scene.labels.grid, level.grid, world=scene.rigid)
+        (at_start, _), (labels, share) = read(), read(disp=disp)
+        rows, _ = vertebra_rigidity(disp, level.grid, labels, names, share)
+        figures["residual_median_mm"] = float(np.median([row.residual_rms_mm for row in rows])) if rows else float("nan")
+        at_start, labels = at_start[0], labels[0]
+    return Overview(level.grid, level.fixed[0, 0], level.moving[0, 0], moved, at_start, labels, names, det), figures
+
+
+# %% ../nbs/13a_optimise.ipynb #4607810b
 class Optimised(NamedTuple):
     "The velocity of a pair, and how it was found."
 
     velocity: Float[Tensor, "1 3 i j k"]  # mm
     grid: Grid  # of the velocity
-    history: pd.DataFrame  # a row per step: level_mm, step, and every term of the loss
+    history: pd.DataFrame  # a row per step: level_mm, step, every term of the loss, displacement, gradient norm, weights
+    stopped: bool  # before all steps were taken
 
 
 def optimise(
@@ -173,49 +240,33 @@ def optimise(
     weight_oc: float = 3.0,  # orthonormality of bone, on the finest level
     weight_pc: float = 3.0,  # properness of bone, on the finest level
     weight_rf: float = 0.3,  # rigid field of bone, per mm
-    on_step: Callable[[dict], None] | None = None,  # called with every row of the history
+    on_step: Callable[[Step], None] | None = None,  # called after every step; may change weights, and stop
     start: tuple[Float[Tensor, "1 3 i j k"], Grid] | None = None,  # velocity to begin with, mm, and its grid; zero when None
 ) -> Optimised:
     "Minimise the loss for one pair, coarse to fine."
+    weights = {"similarity": 1.0, "diffusion": weight_diffusion, "orthonormality": weight_oc, "properness": weight_pc, "rigid_field": weight_rf}
     made = [make_level(scene, grid, factor * float(grid.spacing_mm[0]), SIMILARITIES[similarity][1]) for factor in levels]
     work = [int(np.prod(level.grid.shape)) for level in made]
-    velocity, before = start or (None, grid)
-    rows, bar = [], tqdm(total=int(np.dot(work, steps)), bar_format=PROGRESS, mininterval=2, file=sys.stdout)
-    for level, count, voxels in zip(made, steps, work):
-        rest = torch.zeros(1, 3, *level.velocity_grid.shape, device=scene.fixed.device)
-        parameter = (rest if velocity is None else resample_field(velocity, before, level.velocity_grid)).requires_grad_()
-        stiffness = 1.0 if level is made[-1] else 0.03
-        weights = torch.tensor([1.0, weight_diffusion, stiffness * weight_oc, stiffness * weight_pc, weight_rf], device=rest.device)
-        optimiser = torch.optim.Adam([parameter], lr=step_mm, betas=(0.9, 0.99))
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, count, eta_min=0.1 * step_mm)
-        for step in range(count):
-            fields = displacements(parameter, level)
-            if step % 5 == 0:
-                bone = _bone(scene, level, fields[1])
-            terms = loss_terms(*fields, level, scene.rigid, similarity, bone)
-            if not all(term.isfinite().all() for term in terms):
-                said = ", ".join(f"{name} {term.item():g}" for name, term in terms._asdict().items())
-                raise FloatingPointError(f"the loss is not finite at {level.grid.spacing_mm[0]:g} mm, step {step} ({said}); a smaller step_mm helps")
-            optimiser.zero_grad()
-            (torch.cat(terms) * weights).sum().backward()
-            optimiser.step()
-            schedule.step()
-            rows.append({"level_mm": float(level.grid.spacing_mm[0]), "step": step} | {name: term.item() for name, term in terms._asdict().items()})
-            bar.set_description_str(f"{rows[-1]['level_mm']:.3g} mm, similarity {rows[-1]['similarity']:.3f}", refresh=False)
-            bar.update(voxels)
-            if on_step is not None:
-                on_step(rows[-1])
-        velocity, before = blur(parameter.detach(), (1.0, 1.0, 1.0)), level.velocity_grid
-    bar.close()
-    return Optimised(velocity, before, pd.DataFrame(rows))
+    velocity, before = start or (scene.fixed.new_zeros(1, 3, *grid.shape), grid)
+    rows, stopped = [], False
+    with tqdm(total=int(np.dot(work, steps)), bar_format=PROGRESS, mininterval=2, file=sys.stdout) as bar:
+        for level, count, voxels in zip(made, steps, work):
+            parameter = resample_field(velocity, before, level.velocity_grid).requires_grad_()
+            for row in descend(scene, level, parameter, count, step_mm, similarity, weights, 1.0 if level is made[-1] else 0.03):
+                rows.append(row)
+                bar.set_description_str(f"{row['level_mm']:.3g} mm, similarity {row['similarity']:.3f}", refresh=False)
+                bar.update(voxels)
+                if on_step is not None:
+                    step = Step(row, bar.n / bar.total, weights, partial(look_at, scene, level, parameter))
+                    on_step(step)
+                    stopped = step.stop
+                if stopped:
+                    break
+            velocity, before = blur(parameter.detach(), (1.0, 1.0, 1.0)), level.velocity_grid
+            if stopped:
+                break
+    return Optimised(velocity, before, pd.DataFrame(rows), stopped)
 
-
-def _bone(scene: Scene, level: Level, disp: Float[Tensor, "1 3 i j k"]) -> Bone | None:
-    "Bone voxels of the moving labels, warped by the present displacement."
-    if scene.labels is None:
-        return None
-    won, share = warp_labels(scene.labels.data[None], scene.labels.grid, level.grid, disp, scene.rigid)
-    return bone_voxels(won * (share > 0.5), len(scene.labels.names), minimum=0)
 
 # %% ../nbs/13a_optimise.ipynb #e1ff390b
 def finish(

@@ -32,6 +32,7 @@ from .optimise import SIMILARITIES, Scene, finish, make_level, optimise, working
 from .pairs import Pair, read_pair
 from .prealign import RigidStart, rigid_start
 from .results import Registration, environment, evaluate
+from .steering import Step, frees_memory, weights_changed
 from .transforms import SpineTransform, read_transform
 from .volumes import normalise, read_image, whole_numbers
 
@@ -138,10 +139,12 @@ def conclude(
     history: pd.DataFrame,  # how it was found
     parameters: Mapping,  # settings, for the record
     out_dir: str | Path | None = None,  # folder of the result files; None writes none
+    stopped: bool = False,  # before all steps were taken
 ) -> Registration:
     "Measure what a transform does to a pair; save it."
     pair, start, scene, grid, clock = prepared
     result = evaluate(pair, start, transform, scene, grid, history)
+    result.metrics["run"] = {"steps": len(history), "stopped": stopped, "weights_changed": weights_changed(history)}
     clock.lap("measure")
     result.metrics.update(describe(result, parameters, clock.seconds, scene.fixed.device))
     if out_dir is not None:
@@ -160,6 +163,7 @@ def ask_network(
         return predict(trained.network, level.fixed, level.moving, level.grid)
 
 # %% ../nbs/15_registration.ipynb #25996842
+@frees_memory
 def register(
     fixed: str | Path,  # the image that stays, usually MR (NIfTI)
     moving: str | Path,  # the image that is moved, usually CT (NIfTI)
@@ -186,7 +190,7 @@ def register(
     weight_oc: float = 3.0,  # orthonormality of bone; 0.03 of it before the finest level
     weight_pc: float = 3.0,  # properness (volume) of bone; likewise
     weight_rf: float = 0.3,  # rigid field of bone, per mm
-    on_step: Callable[[dict], None] | None = None,  # called with every row of the history
+    on_step: Callable[[Step], None] | None = None,  # called after every step; may change weights, and stop
 ) -> Registration:
     "Register a moving to a fixed image: soft tissue deforms, every labelled vertebra stays rigid."
     parameters = {name: value for name, value in locals().items() if name != "on_step"}
@@ -202,7 +206,7 @@ def register(
     found = optimise(scene, grid, similarity, levels, steps, step_mm, weight_diffusion, weight_oc, weight_pc, weight_rf, on_step, start)
     transform = finish(found.velocity, found.grid, prepared.start.matrix)
     prepared.clock.lap("optimise")
-    return conclude(prepared, transform, found.history, parameters, out_dir)
+    return conclude(prepared, transform, found.history, parameters, out_dir, found.stopped)
 
 # %% ../nbs/15_registration.ipynb #91900e0f
 def memory_gb(

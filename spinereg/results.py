@@ -194,6 +194,11 @@ def doubts(
         found.append(f"the images are hardly alike (mean squared local correlation {likeness['now']:.2f})")
     if metrics["field"]["n_folded"] + metrics["field"]["ndv"]["n_failing"]:
         found.append("the map folds")
+    run = metrics.get("run", {})
+    if run.get("stopped"):
+        found.append(f"it was stopped after {run['steps']} steps")
+    if run.get("weights_changed"):
+        found.append(f"weights were changed on the way ({', '.join(sorted({change['term'] for change in run['weights_changed']}))})")
     return found
 
 # %% ../nbs/14_results.ipynb #3ce2809c

@@ -8,7 +8,7 @@ __all__ = ['CT_WINDOWS_HU', 'SHOW', 'ORANGE', 'BLUE', 'JACOBIAN_COLOURS', 'UNITS
            'auto_window', 'label_centre', 'showable', 'first_look', 'describe_point', 'slice_colours', 'Panel',
            'make_panel', 'turn_panel', 'draw_strip', 'draw_scale', 'SlicePicture']
 
-# %% ../nbs/21a_slices.ipynb #dfc79d3f
+# %% ../nbs/21a_slices.ipynb #e37304e3
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -34,7 +34,7 @@ from .results import Registration
 from .viz import AXIAL, CORONAL, SAGITTAL, Picture, Plane, cut, find_outlines, show_slice
 from .volumes import Labels, Volume
 
-# %% ../nbs/21a_slices.ipynb #134b3524
+# %% ../nbs/21a_slices.ipynb #8e58fe7a
 class LivePicture(Picture):
     "A figure of which a few artists change; only those are drawn again."
 
@@ -45,9 +45,10 @@ class LivePicture(Picture):
         self.still = None
 
     def settle(self) -> None:
-        "Lay the figure out and keep the pixels of all that does not change."
-        self.canvas.draw()
-        self.set_layout_engine("none")
+        "Lay the figure out, once, and keep the pixels of all that does not change."
+        if self.get_layout_engine() is not None:
+            self.canvas.draw()
+            self.set_layout_engine("none")
         shown = [artist for artist in self.changing if artist.get_visible()]
         for artist in shown:
             artist.set_visible(False)
@@ -67,7 +68,7 @@ class LivePicture(Picture):
             Image.fromarray(np.asarray(self.canvas.buffer_rgba())[..., :3]).save(png, "png", compress_level=1)
             return png.getvalue()
 
-# %% ../nbs/21a_slices.ipynb #78513e21
+# %% ../nbs/21a_slices.ipynb #74bac537
 class Stack(NamedTuple):
     "Images, label maps and fields on one grid."
 
@@ -103,7 +104,7 @@ def renumber(
     table = torch.tensor([0, *(names.index(name) + 1 for name in own)], dtype=torch.int32)
     return table[labels.cpu().long()]
 
-# %% ../nbs/21a_slices.ipynb #637173d0
+# %% ../nbs/21a_slices.ipynb #d539a795
 def pair_stack(
     pair: Pair,
 ) -> Stack:
@@ -137,7 +138,7 @@ def result_stack(
         labels |= {"moving": renumber(view.labels_before, view.names, names), "moved": renumber(view.labels, view.names, names)}
     return Stack(grid, images, modalities, labels, names, result.vertebrae, view.jacobian_det.cpu(), disp[0].cpu())
 
-# %% ../nbs/21a_slices.ipynb #42853904
+# %% ../nbs/21a_slices.ipynb #1d94c289
 CT_WINDOWS_HU = {"bone": (-500.0, 1300.0), "spine": (-250.0, 1250.0), "soft tissue": (-160.0, 240.0), "all": (-1000.0, 2000.0)}
 SHOW = ("fixed", "moving", "moved", "blend", "colours", "checkerboard", "difference", "jacobian")
 ORANGE, BLUE = np.array([1.0, 0.5, 0.0], np.float32), np.array([0.0, 0.5, 1.0], np.float32)
@@ -169,7 +170,7 @@ def mix(
         return np.where((rows[:, None] + columns) % 2 == 0, one, other)[..., None]
     return ((1 - fade) * one + fade * other)[..., None]
 
-# %% ../nbs/21a_slices.ipynb #d0a9e3b8
+# %% ../nbs/21a_slices.ipynb #12103b5b
 JACOBIAN_COLOURS = matplotlib.colormaps["RdBu_r"](np.linspace(0, 1, 256))[:, :3].astype(np.float32)
 
 
@@ -181,7 +182,7 @@ def jacobian_colours(
     place = np.clip((det - 1) / half_range, -1, 1) * 127.5 + 127.5
     return np.where(det[..., None] > 0, JACOBIAN_COLOURS[place.round().astype(int)], 0)
 
-# %% ../nbs/21a_slices.ipynb #5be0c891
+# %% ../nbs/21a_slices.ipynb #ac1160fc
 def grid_lines(
     disp: Float[Tensor, "3 i j k"],  # mm, along the axes of the grid
     grid: Grid,
@@ -214,7 +215,7 @@ def arrows(
     some = slice(step[0] // 2, None, step[0]), slice(step[1] // 2, None, step[1])
     return places[some].reshape(-1, 2), u[some].reshape(-1, 2)
 
-# %% ../nbs/21a_slices.ipynb #3d3bc587
+# %% ../nbs/21a_slices.ipynb #08a666c3
 @dataclass(frozen=True)
 class Look:
     "What a picture of slices shows."
@@ -272,7 +273,7 @@ def first_look(
     at = label_centre(stack, stack.names[len(stack.names) // 2]) if stack.names else middle
     return Look(**{"at": at, "windows": windows} | choices)
 
-# %% ../nbs/21a_slices.ipynb #a6c71efe
+# %% ../nbs/21a_slices.ipynb #f6f6318b
 UNITS = {"ct": " HU", "mr": ""}
 
 
@@ -293,7 +294,7 @@ def describe_point(
         vertebra = f"{name}: {pose}; residual {row.residual_rms_mm:.2f} mm, volume {row.volume_change_percent:+.1f} %"
     return f"R {x:.1f}   A {y:.1f}   S {z:.1f} mm   voxel {', '.join(map(str, at))}\n{'   '.join(values)}\n{vertebra}"
 
-# %% ../nbs/21a_slices.ipynb #c3b6f2d8
+# %% ../nbs/21a_slices.ipynb #830f10a7
 def slice_colours(
     stack: Stack,
     plane: Plane,
@@ -314,7 +315,7 @@ def slice_colours(
     colours[..., :3] = (255 * mixed).round()
     return colours
 
-# %% ../nbs/21a_slices.ipynb #ec212141
+# %% ../nbs/21a_slices.ipynb #01ca85da
 class Panel(NamedTuple):
     "One plane of a picture: the artists in it that change."
 
@@ -382,7 +383,7 @@ def turn_panel(
         artist.set_visible(look.crosshair)
     panel.title.set_text(f"{plane.name} {index + 1} of {grid.shape[plane.axis]}")
 
-# %% ../nbs/21a_slices.ipynb #70993ee6
+# %% ../nbs/21a_slices.ipynb #390a5f7a
 def draw_strip(
     axes: Sequence[Axes],  # two
     stack: Stack,
@@ -411,7 +412,7 @@ def draw_scale(
     ax.set_title("det J", fontsize=9)
     ax.tick_params(labelsize=7)
 
-# %% ../nbs/21a_slices.ipynb #98750f22
+# %% ../nbs/21a_slices.ipynb #a648362c
 class SlicePicture(LivePicture):
     "Planes through one voxel of a stack."
 

@@ -7,7 +7,7 @@ __all__ = ['STILL', 'OUTLINED', 'KEYS', 'STEPS', 'PLANES', 'person_present', 'Vi
            'vertebra_control', 'ct_controls', 'mr_control', 'window_controls', 'show_controls', 'step_slice',
            'press_key', 'SliceViewer', 'JacobianMap', 'DeformedGrid', 'Quiver']
 
-# %% ../nbs/21b_viewers.ipynb #de572f20
+# %% ../nbs/21b_viewers.ipynb #aa36f9c7
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
@@ -25,7 +25,7 @@ from .results import Registration
 from .slices import CT_WINDOWS_HU, SlicePicture, Stack, describe_point, first_look, label_centre, pair_stack, result_stack, showable
 from .viz import AXIAL, CORONAL, SAGITTAL, Picture, Plane
 
-# %% ../nbs/21b_viewers.ipynb #9e37039e
+# %% ../nbs/21b_viewers.ipynb #d34fce8e
 STILL = """<style class="spinereg-still">
 .jp-OutputArea-child:has(style.spinereg-still):has(+ * + * .jp-OutputArea-output .jupyter-widgets) + * {display: none}
 .jp-OutputArea-child:has(style.spinereg-still) + * + *:not(:has(.jp-OutputArea-output .jupyter-widgets)) {display: none}
@@ -46,15 +46,15 @@ class Viewer:
     def __init__(self):
         self.lock, self.handle, self.waiting = RLock(), None, None
 
-    def picture(self) -> Picture:
-        "The whole figure as it is now."
+    def png(self) -> bytes:
+        "The picture as it is now."
         raise NotImplementedError
 
     def _ipython_display_(self):
         present = person_present()
         if present:
             display({"text/html": STILL, "text/plain": ""}, raw=True)
-        self.handle = display(Image(self.picture()._repr_png_()), display_id=True)
+        self.handle = display(Image(self.png()), display_id=True)
         if present:
             display(self.box._repr_mimebundle_() | {"text/plain": ""}, raw=True)
 
@@ -62,7 +62,7 @@ class Viewer:
         "Leave the picture as it is now in the notebook."
         with self.lock:
             if self.handle is not None:
-                self.handle.update(Image(self.picture()._repr_png_()))
+                self.handle.update(Image(self.png()))
 
     def record_soon(self) -> None:
         "Likewise, a second after the last change."
@@ -72,7 +72,7 @@ class Viewer:
         self.waiting.daemon = True
         self.waiting.start()
 
-# %% ../nbs/21b_viewers.ipynb #331ddff7
+# %% ../nbs/21b_viewers.ipynb #a2d0f731
 class Control(NamedTuple):
     "A widget that shows and changes a part of a look."
 
@@ -119,7 +119,7 @@ def vertebra_control(
     menu = widgets.Dropdown(options=[("-", None), *((name, name) for name in stack.names)], description="vertebra", layout={"width": "170px"})
     return Control(menu, under, lambda look, name: look if name is None else replace(look, at=label_centre(stack, name)))
 
-# %% ../nbs/21b_viewers.ipynb #be5b9c16
+# %% ../nbs/21b_viewers.ipynb #784b8ced
 def ct_controls(
     names: tuple[str, ...],  # of the CT images, which share a window
 ) -> list[Control]:  # a menu and a range
@@ -161,7 +161,7 @@ def window_controls(
     mrs = [mr_control(stack, name) for name in stack.images if stack.modalities[name] == "mr"]
     return mrs + (ct_controls(cts) if cts else [])
 
-# %% ../nbs/21b_viewers.ipynb #5ed3ae45
+# %% ../nbs/21b_viewers.ipynb #0cb275a5
 OUTLINED = {"none": (), "moved": ("moved",), "moved and fixed": ("moved", "fixed"), "moving and fixed": ("moving", "fixed"), "fixed": ("fixed",)}
 
 
@@ -177,8 +177,8 @@ def show_controls(
         controls += [_menu("lines", ["none", "grid", "arrows"], "lines"), _slider(scale, "half_range")]
     return controls
 
-# %% ../nbs/21b_viewers.ipynb #96635d35
-KEYS = "wheel, up, down, page up, page down: slice; left, right: fade; 1 to 8: what is shown; n, p: vertebra; o: outlines; c: crosshair; click: go there"
+# %% ../nbs/21b_viewers.ipynb #9deca6f8
+KEYS = "wheel, up, down, page up, page down: slice; left, right: fade; 1 to 8: what is shown; n, p: vertebra; o: outlines; c: cross; click: go there"
 STEPS = {"ArrowUp": 1, "ArrowDown": -1, "PageUp": 10, "PageDown": -10}
 
 
@@ -216,7 +216,7 @@ def press_key(
         return replace(look, outlined=() if look.outlined else ("moved", "fixed") if stack.disp is not None else ("moving", "fixed"))
     return replace(look, crosshair=not look.crosshair) if key == "c" else look
 
-# %% ../nbs/21b_viewers.ipynb #571ce34c
+# %% ../nbs/21b_viewers.ipynb #2c1a846f
 PLANES = {"all": (SAGITTAL, CORONAL, AXIAL), "sagittal": (SAGITTAL,), "coronal": (CORONAL,), "axial": (AXIAL,)}
 
 
@@ -240,6 +240,9 @@ class SliceViewer(Viewer):
     def picture(self) -> SlicePicture:
         "The whole figure as it is now, with words."
         return SlicePicture(self.stack, self.look, PLANES[self.planes], self.strip)
+
+    def png(self) -> bytes:
+        return self.picture()._repr_png_()
 
     @cached_property
     def live(self) -> SlicePicture:
@@ -313,7 +316,7 @@ class SliceViewer(Viewer):
         self.refresh()
         return widgets.VBox([*rows, self.image, self.words, widgets.HTML(f"<small>{KEYS}</small>")])
 
-# %% ../nbs/21b_viewers.ipynb #54f8feeb
+# %% ../nbs/21b_viewers.ipynb #4d2c0a63
 class JacobianMap(SliceViewer):
     "Where tissue shrinks or grows; beside it volume change and residual of every vertebra."
 

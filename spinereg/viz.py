@@ -211,7 +211,8 @@ def draw_history(
     history: pd.DataFrame,  # a row per step: level_mm, step, and one column per term
 ) -> Picture:
     "Every term of the loss against the step."
-    terms = [name for name in history if name not in ("level_mm", "step")]
+    other = ("level_mm", "step", "gradient_norm", "displacement", "weight_")
+    terms = [name for name in history if not name.startswith(other)]
     fig = Picture(figsize=(3 * len(terms), 2.4), layout="constrained")
     for ax, term in zip(fig.subplots(1, len(terms), squeeze=False)[0], terms):
         for level, rows in history.groupby("level_mm", sort=False):

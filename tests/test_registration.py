@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import time
+import weakref
 from pathlib import Path
 
 import nibabel as nib
@@ -424,3 +425,50 @@ def test_a_folder_that_cannot_be_written_is_said_before_any_work(tmp_path):
     with pytest.raises(OSError, match="out"):
         register(given["fixed"], given["moving"], out_dir=tmp_path / "out" / "deeper", **QUICK)
     assert time.perf_counter() - began < 5
+
+
+# watched and steered
+
+
+def test_d3_a_stop_ends_the_registration_with_a_result_that_says_so(tmp_path):
+    """D3: no step after the stop; what was found until then is measured and written."""
+
+    def stop(step):
+        step.stop = step.row["step"] == 3 and step.row["level_mm"] == 3.0
+
+    whole, stopped = (register(**files("easy_0"), out_dir=tmp_path, on_step=watch, **QUICK) for watch in (None, stop))
+    pd.testing.assert_frame_equal(stopped.history, whole.history.iloc[:19])
+    assert stopped.metrics["run"] == {"steps": 19, "stopped": True, "weights_changed": []} and not whole.metrics["run"]["stopped"]
+    assert "it was stopped after 19 steps" in json.loads((tmp_path / "metrics.json").read_text())["summary"]
+
+
+def test_a_changed_weight_counts_from_the_next_step_and_is_recorded():
+    def ease(step):
+        if step.row["step"] == 4 and step.row["level_mm"] == 6.0:
+            step.weights["diffusion"] = 0.1
+
+    whole, eased = (register(**files("easy_0"), on_step=watch, **QUICK) for watch in (None, ease))
+    assert eased.metrics["run"]["weights_changed"] == [{"step": 5, "term": "diffusion", "before": 3.0, "after": 0.1}]
+    pd.testing.assert_frame_equal(eased.history.iloc[:5], whole.history.iloc[:5])
+    assert eased.history.similarity.iloc[7] != whole.history.similarity.iloc[7] and "weights were changed on the way (diffusion)" in eased.summary()
+
+
+def test_a_look_while_it_runs_shows_the_present_field():
+    seen = []
+    result = register(**files("easy_0"), on_step=lambda step: seen.append((step.done, *step.look())), **QUICK)
+    done, view, figures = seen[-1]
+    assert done == 1.0 and view.names == result.view.names and figures["residual_median_mm"] < 0.5
+    assert (view.jacobian_det - 1).abs().mean() > (seen[0][1].jacobian_det - 1).abs().mean()
+
+
+def test_d5_a_registration_that_fails_lets_go_of_its_memory():
+    """D5: the exception lives on, as the last one does in a notebook; the images do not."""
+    held = []
+
+    def fails(step):
+        held.append(weakref.ref(step.look.args[0].moving))
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory") as caught:
+        register(**files("easy_0"), on_step=fails, **QUICK)
+    assert caught.value.__traceback__ is not None and held[0]() is None

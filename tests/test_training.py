@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from spinereg.data import PrepareCase, case_dataset, find_cases
 from spinereg.labels import VERTEBRAE
 from spinereg.networks import UNet, load_network
+from spinereg.steering import weights_changed
 from spinereg.training import (
     PRESETS,
     Learner,
@@ -34,7 +36,7 @@ from spinereg.training import (
     move_batch,
     on_device,
     score,
-    stage_weights,
+    term_weights,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -161,7 +163,8 @@ def learner():
     return Learner(*accelerator.prepare(network, optimiser), torch.optim.lr_scheduler.ExponentialLR(optimiser, 0.999), accelerator)
 
 
-ALL = stage_weights({"weight_diffusion": 0.02, "weight_oc": 0.005, "weight_pc": 0.01, "weight_rd": 0.1, "weight_rf": 0.01})
+ALL = term_weights({"weight_diffusion": 0.02, "weight_oc": 0.005, "weight_pc": 0.01, "weight_rd": 0.1, "weight_rf": 0.01})
+FIRST = {name: ALL[name] for name in ("similarity", "diffusion")}
 
 
 def test_a_step_is_adam_on_the_weighted_sum_of_the_terms(learner, batch):
@@ -172,10 +175,10 @@ def test_a_step_is_adam_on_the_weighted_sum_of_the_terms(learner, batch):
     tensors = on_device(batch, torch.device("cpu"))
     grid = grid_of(tensors, 5.0)
     terms = loss_terms(move_batch(plain, tensors, grid), tensors, grid, "mind")
-    sum(ALL["rigidity"][name] * value.mean() for name, value in terms.items()).backward()
+    sum(ALL[name] * value.mean() for name, value in terms.items()).backward()
     optimiser.step()
-    row = learn(learner, [batch], ALL["rigidity"], "mind", 5.0)
-    assert row["loss"] == pytest.approx(sum(ALL["rigidity"][name] * value.item() for name, value in terms.items()), rel=1e-6)
+    row = learn(learner, [batch], ALL, "mind", 5.0)
+    assert row["loss"] == pytest.approx(sum(ALL[name] * value.item() for name, value in terms.items()), rel=1e-6)
     assert row["gradient_norm"] == pytest.approx(torch.cat([p.grad.flatten() for p in plain.parameters()]).norm().item(), rel=1e-5)
     assert equal(plain.state_dict(), learner.network.state_dict())
 
@@ -185,22 +188,22 @@ def test_c1_a_loss_that_is_not_finite_is_named_and_skipped_and_five_in_a_row_sto
     spoilt = batch | {"fixed": batch["fixed"].clone().fill_(torch.nan)}
     before = {name: value.clone() for name, value in learner.network.state_dict().items()}
     for _ in range(4):
-        assert np.isnan(learn(learner, [spoilt], ALL["similarity"], "lncc", 5.0)["loss"])
+        assert np.isnan(learn(learner, [spoilt], FIRST, "lncc", 5.0)["loss"])
     said = capsys.readouterr().out
     assert said.count("step skipped") == 4 and "val/easy_5" in said and "similarity nan" in said
     assert equal(before, learner.network.state_dict())
-    learn(learner, [batch], ALL["similarity"], "lncc", 5.0)
+    learn(learner, [batch], FIRST, "lncc", 5.0)
     assert learner.skipped == 0
     before = {name: value.clone() for name, value in learner.network.state_dict().items()}
     hook = next(learner.network.parameters()).register_hook(lambda gradient: gradient * torch.inf)
-    assert np.isnan(learn(learner, [batch], ALL["similarity"], "lncc", 5.0)["loss"]), "a finite loss with a gradient that is not"
+    assert np.isnan(learn(learner, [batch], FIRST, "lncc", 5.0)["loss"]), "a finite loss with a gradient that is not"
     hook.remove()
     assert equal(before, learner.network.state_dict()) and "gradient" in capsys.readouterr().out
-    learn(learner, [batch], ALL["similarity"], "lncc", 5.0)
+    learn(learner, [batch], FIRST, "lncc", 5.0)
     for _ in range(4):
-        learn(learner, [spoilt], ALL["similarity"], "lncc", 5.0)
+        learn(learner, [spoilt], FIRST, "lncc", 5.0)
     with pytest.raises(FloatingPointError, match="val/easy_5.*fifth step in a row"):
-        learn(learner, [spoilt], ALL["similarity"], "lncc", 5.0)
+        learn(learner, [spoilt], FIRST, "lncc", 5.0)
 
 
 def test_c2_mixed_precision_starts_with_the_same_loss(quick, four, tmp_path):
@@ -352,3 +355,71 @@ def test_a_crop_larger_than_every_case_is_cut(quick, tmp_path, capsys):
     fit(out_dir=tmp_path, epochs_similarity=1, epochs_rigidity=0, **(quick | {"crop": (64, 128, 64)}))
     assert "crops of 64 x 128 x 64 voxels are larger than any case at this spacing_mm; cut to 13 x 20 x 32" in capsys.readouterr().out
     assert (tmp_path / "last.safetensors").stat().st_mode == (tmp_path / "epochs.csv").stat().st_mode
+
+
+# watched and steered
+
+
+def at_step(number, act):
+    "A watcher that acts after one step."
+    return lambda step: act(step) if step.row["step"] == number else None
+
+
+def test_d3_a_stop_in_the_midst_of_an_epoch_loses_nothing(four, quick, tmp_path):
+    """D3, C12: the step is finished, a checkpoint written, nothing more done; resumed, the training is the same to the last bit."""
+    stopped = fit(out_dir=tmp_path, epochs_similarity=2, epochs_rigidity=2, on_step=at_step(5, lambda step: setattr(step, "stop", True)), **quick)
+    assert stopped.stopped and list(stopped.steps.step) == [1, 2, 3, 4, 5] and len(stopped.epochs) == 2
+    assert stopped.weights == tmp_path / "best.safetensors" and state(tmp_path)["taken"] == 1
+    resumed = fit(out_dir=tmp_path, epochs_similarity=2, epochs_rigidity=2, resume=True, **quick)
+    assert not resumed.stopped and equal(four[1].network.state_dict(), resumed.network.state_dict())
+    one, other = state(four[0]), state(tmp_path)
+    assert all(equal(one[key], other[key]) for key in ("epoch", "taken", "optimiser", "schedule"))
+    for name in ("steps", "validation"):
+        pd.testing.assert_frame_equal(pd.read_csv(four[0] / f"{name}.csv"), pd.read_csv(tmp_path / f"{name}.csv"), check_exact=True)
+
+
+def test_a_stop_before_the_first_validation_leaves_weights(quick, tmp_path):
+    fitted = fit(out_dir=tmp_path, epochs_similarity=1, epochs_rigidity=0, on_step=at_step(1, lambda step: setattr(step, "stop", True)), **quick)
+    assert load_network(fitted.weights).about["epoch"] == 0 and fitted.weights.name == "last.safetensors"
+
+
+def test_a_changed_weight_counts_from_the_next_step_and_is_logged_with_it(four, quick, tmp_path, capsys):
+    """The loss of every step is the sum of its terms with the weights of its row, and the rows say when they changed."""
+    change = at_step(6, lambda step: step.weights.update(orthonormality=7.0))
+    steps = fit(out_dir=tmp_path, epochs_similarity=2, epochs_rigidity=2, on_step=change, **quick).steps
+    assert weights_changed(steps[steps.stage == "rigidity"]) == [{"step": 2, "term": "orthonormality", "before": 0.005, "after": 7.0}]
+    terms = ["similarity", "diffusion", "orthonormality", "properness", "rigid_dice", "rigid_field"]
+    total = sum((steps[f"weight_{term}"] * steps[term]).fillna(0) for term in terms)
+    np.testing.assert_allclose(total, steps.loss, rtol=1e-5)
+    pd.testing.assert_frame_equal(steps.iloc[:6], four[1].steps.iloc[:6])
+    assert steps.iloc[7].similarity != four[1].steps.iloc[7].similarity
+    fit(out_dir=tmp_path, epochs_similarity=2, epochs_rigidity=3, resume=True, **quick)
+    assert "the weight of orthonormality 7 -> 0.005" in capsys.readouterr().out
+
+
+def test_a_look_shows_a_case_as_the_network_sees_it_now_and_changes_nothing(four, quick, tmp_path):
+    seen = []
+
+    def look(step):
+        seen.append((step.done, step.cases, *step.look(0)))
+
+    fitted = fit(out_dir=tmp_path, epochs_similarity=2, epochs_rigidity=2, on_step=look, **quick)
+    done, cases, view, figures = seen[-1]
+    assert done == 1.0 and cases == ("easy_5",) and view.moved.shape == view.grid.shape and view.labels.max() > 0
+    assert figures["dice_after"] == pytest.approx(fitted.validation.iloc[-1].dice_after)
+    assert equal(four[1].network.state_dict(), fitted.network.state_dict())
+
+
+def test_d5_a_training_that_fails_lets_go_of_its_memory(quick, tmp_path):
+    """D5: the exception lives on, as the last one does in a notebook; network and activations do not."""
+    held = []
+
+    def fails(step):
+        view, _ = step.look(0)
+        held.extend([weakref.ref(step.look.args[0].network), weakref.ref(view.moved)])
+        raise MemoryError("CUDA out of memory")
+
+    with pytest.raises(MemoryError) as caught:
+        fit(out_dir=tmp_path, epochs_similarity=1, epochs_rigidity=0, on_step=fails, **quick)
+    assert caught.value.__traceback__ is not None and [ref() for ref in held] == [None, None]
+    assert not fit(out_dir=tmp_path / "again", epochs_similarity=1, epochs_rigidity=0, **quick).stopped
