@@ -7,11 +7,11 @@ __all__ = ['PUBLISHED', 'PRESETS', 'FIRST', 'STAGES', 'on_device', 'grid_of', 'm
            'preset_parameters', 'Learner', 'learn', 'skip', 'mean_dice', 'measure', 'validate', 'score',
            'learns_nothing', 'save_checkpoint', 'load_checkpoint', 'Records', 'read_records', 'epoch_row', 'check_fit',
            'Split', 'prepare_split', 'prepare_splits', 'make_accelerator', 'Fitted', 'begin', 'first_network',
-           'make_learner', 'term_weights', 'weights_now', 'look_at', 'watch', 'train_epoch', 'validate_together',
+           'make_learner', 'term_weights', 'weights_now', 'look_at', 'Reporter', 'train_epoch', 'validate_together',
            'keep', 'close_epoch', 'cut_crop', 'crops_of', 'checkpoint', 'begin_stage', 'run_epoch', 'run_training',
            'fit', 'draw_training']
 
-# %% ../nbs/18_training.ipynb #c53c18e6
+# %% ../nbs/18_training.ipynb #6df7c6a5
 import contextlib
 import io
 import itertools
@@ -57,7 +57,7 @@ from spinereg.penalties import (
 from .steering import Step, frees_memory
 from .viz import Overview, Picture
 
-# %% ../nbs/18_training.ipynb #10278c83
+# %% ../nbs/18_training.ipynb #8e3af659
 def on_device(
     batch: Mapping[str, object],  # crops, and the names of their cases
     device: torch.device,
@@ -84,7 +84,7 @@ def move_batch(
     velocity, onto = predict(network, batch["fixed"], batch["moving"], grid)
     return move(velocity, onto, grid, batch["fixed"], batch["moving"], batch["labels"][:, 0])
 
-# %% ../nbs/18_training.ipynb #193a692e
+# %% ../nbs/18_training.ipynb #9d5d53c5
 def similarity_both_ways(
     batch: Mapping[str, Tensor],  # fixed, moving, mask: (b, 1, i, j, k)
     moved: Float[Tensor, "b 1 i j k"],  # moving image on the fixed one
@@ -119,7 +119,7 @@ def loss_terms(
         }
     return terms
 
-# %% ../nbs/18_training.ipynb #1a1bc2e0
+# %% ../nbs/18_training.ipynb #8598ba7e
 PUBLISHED = {"weight_oc": 0.005, "weight_pc": 0.01, "weight_rd": 0.1, "weight_rf": 0.01}
 
 PRESETS = {  # such as "mind", "mind_pc_rf", "lncc_oc", "mind_full_pc"
@@ -143,7 +143,7 @@ def preset_parameters(
         raise ValueError(f"preset={name!r}: expected one of {', '.join(PRESETS)}")
     return PRESETS[name] if name else {}
 
-# %% ../nbs/18_training.ipynb #04186818
+# %% ../nbs/18_training.ipynb #99a4f990
 @dataclass
 class Learner:
     "What changes while a network learns."
@@ -196,7 +196,7 @@ def learn(
     row |= {"displacement_max_mm": max(longest).item(), "gradient_norm": norm.item()}
     return row | {f"weight_{name}": value for name, value in weights.items()}
 
-# %% ../nbs/18_training.ipynb #1945b5a4
+# %% ../nbs/18_training.ipynb #f6acb892
 def skip(
     learner: Learner,
     cases: Sequence[str],  # of this process
@@ -214,7 +214,7 @@ def skip(
     learner.accelerator.print(f"{said}; step skipped")
     return {"loss": math.nan}
 
-# %% ../nbs/18_training.ipynb #ff45e688
+# %% ../nbs/18_training.ipynb #5651611b
 def mean_dice(
     a: Int[Tensor, "i j k"],  # 0 is background
     b: Int[Tensor, "i j k"],
@@ -248,7 +248,7 @@ def measure(
         "residual_median_mm": float(np.median([row.residual_rms_mm for row in rows])) if rows else math.nan,
     }
 
-# %% ../nbs/18_training.ipynb #d8a74000
+# %% ../nbs/18_training.ipynb #b96733c0
 @torch.no_grad()
 def validate(
     network: torch.nn.Module,
@@ -289,7 +289,7 @@ def learns_nothing(
         return f"on the validation cases nothing moves (mean displacement {moves:.3f} mm)"
     return f"on the validation cases the images are no more alike than before ({change:+.4f})" if change >= 0 else ""
 
-# %% ../nbs/18_training.ipynb #000bd962
+# %% ../nbs/18_training.ipynb #22c1d3eb
 def save_checkpoint(
     path: str | Path,
     learner: Learner,
@@ -349,7 +349,7 @@ def load_checkpoint(
     if torch.cuda.is_available() and len(state["random_cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["random_cuda"])
 
-# %% ../nbs/18_training.ipynb #07210362
+# %% ../nbs/18_training.ipynb #0e4bf88c
 class Records(NamedTuple):
     "What happened in a training; each a list of rows."
 
@@ -391,7 +391,7 @@ def epoch_row(
     means = table.mean().to_dict() | most | {f"crop_{name}": seen[name] for name in names}
     return {"epoch": epoch, "stage": stage, "seconds": round(seconds, 2)} | means
 
-# %% ../nbs/18_training.ipynb #d93c79a0
+# %% ../nbs/18_training.ipynb #b6d0e5bf
 def check_fit(
     given: Mapping,  # arguments of `fit` by name
 ) -> None:
@@ -414,7 +414,7 @@ def check_fit(
     if wrong:
         raise ValueError("fit: " + "; ".join(wrong))
 
-# %% ../nbs/18_training.ipynb #8ca7bda5
+# %% ../nbs/18_training.ipynb #4ac3a943
 class Split(NamedTuple):
     "The prepared cases of train or val."
 
@@ -460,7 +460,7 @@ def prepare_splits(
         print(f"{finding.case}: {finding.reason}; what is measured on it says nothing about unseen cases. {finding.fix}")
     return splits
 
-# %% ../nbs/18_training.ipynb #7f4278d4
+# %% ../nbs/18_training.ipynb #d680ffb0
 def make_accelerator(
     device: str,  # "auto", "cpu" or "cuda"
     mixed_precision: str,
@@ -481,7 +481,7 @@ def make_accelerator(
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # while one process prepares the cases
     return Accelerator(**where, log_with=None if logger == "none" else logger, project_dir=str(out_dir), kwargs_handlers=[patience])
 
-# %% ../nbs/18_training.ipynb #099f5713
+# %% ../nbs/18_training.ipynb #c88c45d2
 class Fitted(NamedTuple):
     "A trained network and how it came about."
 
@@ -514,7 +514,7 @@ def begin(
         learner.accelerator.print("all of its epochs are done: nothing is trained; more epochs_similarity or epochs_rigidity train on")
     return read_records(out_dir, learner.epoch, learner.taken)
 
-# %% ../nbs/18_training.ipynb #2cbeaf5a
+# %% ../nbs/18_training.ipynb #4eae8885
 def first_network(
     start: str | Path | None,
     full_resolution: bool,
@@ -542,7 +542,7 @@ def make_learner(
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimiser, decay)
     return Learner(*accelerator.prepare(network, optimiser), schedule, accelerator, weights=dict(weights))
 
-# %% ../nbs/18_training.ipynb #7906f0a0
+# %% ../nbs/18_training.ipynb #c11a7e3b
 FIRST = ("similarity", "diffusion")
 STAGES = {"similarity": FIRST, "rigidity": (*FIRST, "orthonormality", "properness", "rigid_dice", "rigid_field")}
 
@@ -561,7 +561,7 @@ def weights_now(
     "The weights of the terms that the present stage pays for."
     return {name: learner.weights[name] for name in STAGES[learner.stage]}
 
-# %% ../nbs/18_training.ipynb #1a5a07fc
+# %% ../nbs/18_training.ipynb #6b461e95
 @torch.no_grad()
 def look_at(
     learner: Learner,
@@ -580,35 +580,39 @@ def look_at(
     return Overview(grid, *images, batch["labels"][0, 0], moved.labels[0], VERTEBRAE, det), measure(moved, batch, grid, settings["similarity"])
 
 
-def watch(
-    learner: Learner,
-    val: Split,
-    settings: Mapping,  # parameters of `fit`
-    per_epoch: int,  # steps
-    on_step: Callable[[Step], None] | None,
-) -> tuple[tqdm, Callable[[dict], None]]:  # a bar with the time left, and what to call with the row of every step
-    "Tell of every step, and do as the watcher says."
-    from accelerate.utils import broadcast_object_list
+class Reporter:
+    "A bar with the time left, and a watcher that hears of every step."
 
-    total, main = (settings["epochs_similarity"] + settings["epochs_rigidity"]) * per_epoch, learner.accelerator.is_main_process
-    at = learner.epoch * per_epoch + learner.taken
-    bar = tqdm(total=total, initial=at, bar_format=PROGRESS, mininterval=10, file=sys.stdout, disable=not main)
-    numbers, cases = itertools.count(at + 1), tuple(item["case"] for item in val.contents)
+    def __init__(
+        self,
+        learner: Learner,
+        val: Split,
+        settings: Mapping,  # parameters of `fit`
+        per_epoch: int,  # steps
+        on_step: Callable[[Step], None] | None,
+    ):
+        self.learner, self.val, self.settings, self.on_step = learner, val, settings, on_step
+        self.total = (settings["epochs_similarity"] + settings["epochs_rigidity"]) * per_epoch
+        self.step, shown = learner.epoch * per_epoch + learner.taken, {"bar_format": PROGRESS, "mininterval": 10, "file": sys.stdout}
+        self.bar = tqdm(total=self.total, initial=self.step, disable=not learner.accelerator.is_main_process, **shown)
 
-    def tell(row: dict) -> None:
-        row |= {"epoch": learner.epoch + 1, "stage": learner.stage, "step": next(numbers)}
-        bar.set_description_str(f"epoch {row['epoch']} ({learner.stage}), loss {row['loss']:.4f}", refresh=False)
-        bar.update()
-        if on_step is not None and main:
-            step = Step(row, row["step"] / total, learner.weights, partial(look_at, learner, val, settings), cases)
-            on_step(step)
+    def tell(self, row: dict) -> None:
+        "Tell of a step, and do as the watcher says; in every process as in the first."
+        from accelerate.utils import broadcast_object_list
+
+        learner, self.step = self.learner, self.step + 1
+        row |= {"epoch": learner.epoch + 1, "stage": learner.stage, "step": self.step}
+        self.bar.set_description_str(f"epoch {row['epoch']} ({learner.stage}), loss {row['loss']:.4f}", refresh=False)
+        self.bar.update()
+        if self.on_step is not None and learner.accelerator.is_main_process:
+            look, cases = partial(look_at, learner, self.val, self.settings), tuple(item["case"] for item in self.val.contents)
+            step = Step(row, self.step / self.total, learner.weights, look, cases)
+            self.on_step(step)
             learner.stop = step.stop
         if learner.accelerator.num_processes > 1:
             learner.weights, learner.stop = broadcast_object_list([learner.weights, learner.stop])
 
-    return bar, tell
-
-# %% ../nbs/18_training.ipynb #7cafb389
+# %% ../nbs/18_training.ipynb #d8f126ed
 def train_epoch(
     learner: Learner,
     crops: Dataset,  # of one epoch
@@ -642,7 +646,7 @@ def validate_together(
     rows = validate(network, split.cases, mine, similarity, spacing_mm, weights, accelerator.device)
     return pd.DataFrame(gather_object(rows)).sort_values("case", ignore_index=True)
 
-# %% ../nbs/18_training.ipynb #790434f7
+# %% ../nbs/18_training.ipynb #08de6459
 def keep(
     learner: Learner,
     out_dir: Path,
@@ -677,7 +681,7 @@ def close_epoch(
     if learner.accelerator.is_main_process:
         records.write(out_dir)
 
-# %% ../nbs/18_training.ipynb #67ef30df
+# %% ../nbs/18_training.ipynb #403d2e7c
 def cut_crop(
     crop: Sequence[int],  # voxels
     split: Split,
@@ -702,7 +706,7 @@ def crops_of(
     place = accelerator.process_index, accelerator.num_processes
     return Crops(split.cases, split.indices, transform, settings["crops_per_case"], epoch, settings["seed"], *place)
 
-# %% ../nbs/18_training.ipynb #263817ac
+# %% ../nbs/18_training.ipynb #495325d4
 def checkpoint(
     learner: Learner,
     out_dir: Path,
@@ -756,7 +760,7 @@ def run_epoch(
     if learner.skipped == 0 and (learner.epoch % settings["checkpoint_every"] == 0 or learner.epoch in ends):
         checkpoint(learner, out_dir, settings)
 
-# %% ../nbs/18_training.ipynb #e61939b7
+# %% ../nbs/18_training.ipynb #157b9c86
 def run_training(
     settings: dict,  # parameters of `fit`
     on_step: Callable[[Step], None] | None,
@@ -775,12 +779,12 @@ def run_training(
         settings["crop"] = cut_crop(settings["crop"], train)
     accelerator.init_trackers("spinereg", {name: value if isinstance(value, (int, float)) else str(value) for name, value in settings.items()})
     per_epoch = -(-len(crops_of(train, 0, settings, accelerator)) // (settings["batch_size"] * settings["accumulate"]))
-    bar, tell = watch(learner, val, settings, per_epoch, on_step)
+    reporter = Reporter(learner, val, settings, per_epoch, on_step)
     try:
         while learner.epoch < total and not learner.stop:
-            run_epoch(learner, train, val, records, out_dir, settings, tell)
+            run_epoch(learner, train, val, records, out_dir, settings, reporter.tell)
     finally:
-        bar.close()
+        reporter.bar.close()
         accelerator.end_training()
     if learner.stop:
         accelerator.print(f"stopped after epoch {learner.epoch} and {learner.taken} steps; resume=True goes on from there")
@@ -789,7 +793,7 @@ def run_training(
     left_out = pd.concat([train.left_out, val.left_out], ignore_index=True)
     return Fitted(network, best, *map(pd.DataFrame, records), left_out, learner.stop)
 
-# %% ../nbs/18_training.ipynb #11728f07
+# %% ../nbs/18_training.ipynb #1fcdc50a
 @frees_memory
 def fit(
     data_dir: str | Path,  # folder with train and val, see `spinereg.data`
@@ -833,7 +837,7 @@ def fit(
     check_fit(settings)
     return run_training(settings, on_step)
 
-# %% ../nbs/18_training.ipynb #30c3366d
+# %% ../nbs/18_training.ipynb #038bb8e1
 def draw_training(
     epochs: pd.DataFrame,  # as in `Fitted`
     validation: pd.DataFrame,  # likewise

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['STILL', 'OUTLINED', 'KEYS', 'STEPS', 'PLANES', 'person_present', 'Viewer', 'Control', 'slice_controls',
            'vertebra_control', 'ct_controls', 'mr_control', 'window_controls', 'show_controls', 'step_slice',
-           'press_key', 'SliceViewer', 'JacobianMap', 'DeformedGrid', 'Quiver']
+           'press_key', 'SliceViewer', 'JacobianMap', 'DeformedGrid', 'Quiver', 'Interactive']
 
-# %% ../nbs/21b_viewers.ipynb #aa36f9c7
+# %% ../nbs/21b_viewers.ipynb #a2d1a68d
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
@@ -25,7 +25,7 @@ from .results import Registration
 from .slices import CT_WINDOWS_HU, SlicePicture, Stack, describe_point, first_look, label_centre, pair_stack, result_stack, showable
 from .viz import AXIAL, CORONAL, SAGITTAL, Picture, Plane
 
-# %% ../nbs/21b_viewers.ipynb #d34fce8e
+# %% ../nbs/21b_viewers.ipynb #0329d1d6
 STILL = """<style class="spinereg-still">
 .jp-OutputArea-child:has(style.spinereg-still):has(+ * + * .jp-OutputArea-output .jupyter-widgets) + * {display: none}
 .jp-OutputArea-child:has(style.spinereg-still) + * + *:not(:has(.jp-OutputArea-output .jupyter-widgets)) {display: none}
@@ -72,7 +72,7 @@ class Viewer:
         self.waiting.daemon = True
         self.waiting.start()
 
-# %% ../nbs/21b_viewers.ipynb #a2d0f731
+# %% ../nbs/21b_viewers.ipynb #28537449
 class Control(NamedTuple):
     "A widget that shows and changes a part of a look."
 
@@ -119,7 +119,7 @@ def vertebra_control(
     menu = widgets.Dropdown(options=[("-", None), *((name, name) for name in stack.names)], description="vertebra", layout={"width": "170px"})
     return Control(menu, under, lambda look, name: look if name is None else replace(look, at=label_centre(stack, name)))
 
-# %% ../nbs/21b_viewers.ipynb #784b8ced
+# %% ../nbs/21b_viewers.ipynb #1cf00de8
 def ct_controls(
     names: tuple[str, ...],  # of the CT images, which share a window
 ) -> list[Control]:  # a menu and a range
@@ -161,7 +161,7 @@ def window_controls(
     mrs = [mr_control(stack, name) for name in stack.images if stack.modalities[name] == "mr"]
     return mrs + (ct_controls(cts) if cts else [])
 
-# %% ../nbs/21b_viewers.ipynb #0cb275a5
+# %% ../nbs/21b_viewers.ipynb #df4a7db2
 OUTLINED = {"none": (), "moved": ("moved",), "moved and fixed": ("moved", "fixed"), "moving and fixed": ("moving", "fixed"), "fixed": ("fixed",)}
 
 
@@ -177,7 +177,7 @@ def show_controls(
         controls += [_menu("lines", ["none", "grid", "arrows"], "lines"), _slider(scale, "half_range")]
     return controls
 
-# %% ../nbs/21b_viewers.ipynb #9deca6f8
+# %% ../nbs/21b_viewers.ipynb #68a1fb0e
 KEYS = "wheel, up, down, page up, page down: slice; left, right: fade; 1 to 8: what is shown; n, p: vertebra; o: outlines; c: cross; click: go there"
 STEPS = {"ArrowUp": 1, "ArrowDown": -1, "PageUp": 10, "PageDown": -10}
 
@@ -216,7 +216,7 @@ def press_key(
         return replace(look, outlined=() if look.outlined else ("moved", "fixed") if stack.disp is not None else ("moving", "fixed"))
     return replace(look, crosshair=not look.crosshair) if key == "c" else look
 
-# %% ../nbs/21b_viewers.ipynb #2c1a846f
+# %% ../nbs/21b_viewers.ipynb #1d383608
 PLANES = {"all": (SAGITTAL, CORONAL, AXIAL), "sagittal": (SAGITTAL,), "coronal": (CORONAL,), "axial": (AXIAL,)}
 
 
@@ -316,7 +316,7 @@ class SliceViewer(Viewer):
         self.refresh()
         return widgets.VBox([*rows, self.image, self.words, widgets.HTML(f"<small>{KEYS}</small>")])
 
-# %% ../nbs/21b_viewers.ipynb #4d2c0a63
+# %% ../nbs/21b_viewers.ipynb #1651b23b
 class JacobianMap(SliceViewer):
     "Where tissue shrinks or grows; beside it volume change and residual of every vertebra."
 
@@ -336,3 +336,37 @@ class Quiver(SliceViewer):
 
     def __init__(self, result: Registration | Stack, planes: str = "all", **look):
         super().__init__(result, planes, **{"show": "moved", "lines": "arrows"} | look)
+
+# %% ../nbs/21b_viewers.ipynb #6816df86
+class Interactive(Viewer):
+    "A picture that follows sliders."
+
+    def __init__(
+        self,
+        draw: Callable[..., Picture],  # draws the picture from the sliders' values
+        **ranges: tuple[float, float, float],  # by parameter of `draw`: lowest, highest, first value
+    ):
+        super().__init__()
+        self.draw, self.values = draw, {name: first for name, (_, _, first) in ranges.items()}
+        self.ranges = ranges
+
+    def png(self) -> bytes:
+        "The picture as it is now."
+        return self.draw(**self.values)._repr_png_()
+
+    @cached_property
+    def box(self) -> widgets.VBox:
+        "A slider per parameter above the picture."
+        self.image, self.sliders = widgets.Image(value=self.png(), format="png", layout={"align_self": "flex-start", "max_width": "100%"}), {}
+        for name, (low, high, first) in self.ranges.items():
+            self.sliders[name] = widgets.FloatSlider(first, min=low, max=high, step=(high - low) / 40, description=name.replace("_", " "))
+            self.sliders[name].observe(lambda change, name=name: self.change(**{name: change["new"]}), "value")
+        return widgets.VBox([widgets.HBox(list(self.sliders.values()), layout={"flex_flow": "row wrap"}), self.image])
+
+    def change(self, **values: float) -> None:
+        "Draw for other values."
+        with self.lock:
+            self.values |= values
+            if "box" in self.__dict__:
+                self.image.value = self.png()
+                self.record_soon()

@@ -405,7 +405,7 @@ def test_a_look_shows_a_case_as_the_network_sees_it_now_and_changes_nothing(four
 
     fitted = fit(out_dir=tmp_path, epochs_similarity=2, epochs_rigidity=2, on_step=look, **quick)
     done, cases, view, figures = seen[-1]
-    assert done == 1.0 and cases == ("easy_5",) and view.moved.shape == view.grid.shape and view.labels.max() > 0
+    assert done == 1.0 and cases == ("val/easy_5",) and view.moved.shape == view.grid.shape and view.labels.max() > 0
     assert figures["dice_after"] == pytest.approx(fitted.validation.iloc[-1].dice_after)
     assert equal(four[1].network.state_dict(), fitted.network.state_dict())
 
