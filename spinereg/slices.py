@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['CT_WINDOWS_HU', 'SHOW', 'ORANGE', 'BLUE', 'JACOBIAN_COLOURS', 'UNITS', 'LivePicture', 'Stack', 'read_onto',
            'renumber', 'pair_stack', 'result_stack', 'grey', 'mix', 'jacobian_colours', 'grid_lines', 'arrows', 'Look',
-           'auto_window', 'label_centre', 'showable', 'first_look', 'describe_point', 'slice_colours', 'Panel',
-           'make_panel', 'turn_panel', 'draw_strip', 'draw_scale', 'SlicePicture']
+           'auto_window', 'label_centre', 'showable', 'usual_outlines', 'first_look', 'describe_point', 'slice_colours',
+           'Panel', 'make_panel', 'turn_panel', 'draw_strip', 'draw_scale', 'SlicePicture']
 
-# %% ../nbs/21a_slices.ipynb #e37304e3
+# %% ../nbs/21a_slices.ipynb #f6bdd421
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -34,7 +34,7 @@ from .results import Registration
 from .viz import AXIAL, CORONAL, SAGITTAL, Picture, Plane, cut, find_outlines, show_slice
 from .volumes import Labels, Volume
 
-# %% ../nbs/21a_slices.ipynb #8e58fe7a
+# %% ../nbs/21a_slices.ipynb #7030e57a
 class LivePicture(Picture):
     "A figure of which a few artists change; only those are drawn again."
 
@@ -68,7 +68,7 @@ class LivePicture(Picture):
             Image.fromarray(np.asarray(self.canvas.buffer_rgba())[..., :3]).save(png, "png", compress_level=1)
             return png.getvalue()
 
-# %% ../nbs/21a_slices.ipynb #74bac537
+# %% ../nbs/21a_slices.ipynb #5bd90347
 class Stack(NamedTuple):
     "Images, label maps and fields on one grid."
 
@@ -104,7 +104,7 @@ def renumber(
     table = torch.tensor([0, *(names.index(name) + 1 for name in own)], dtype=torch.int32)
     return table[labels.cpu().long()]
 
-# %% ../nbs/21a_slices.ipynb #d539a795
+# %% ../nbs/21a_slices.ipynb #9952650b
 def pair_stack(
     pair: Pair,
 ) -> Stack:
@@ -138,7 +138,7 @@ def result_stack(
         labels |= {"moving": renumber(view.labels_before, view.names, names), "moved": renumber(view.labels, view.names, names)}
     return Stack(grid, images, modalities, labels, names, result.vertebrae, view.jacobian_det.cpu(), disp[0].cpu())
 
-# %% ../nbs/21a_slices.ipynb #1d94c289
+# %% ../nbs/21a_slices.ipynb #63004cdd
 CT_WINDOWS_HU = {"bone": (-500.0, 1300.0), "spine": (-250.0, 1250.0), "soft tissue": (-160.0, 240.0), "all": (-1000.0, 2000.0)}
 SHOW = ("fixed", "moving", "moved", "blend", "colours", "checkerboard", "difference", "jacobian")
 ORANGE, BLUE = np.array([1.0, 0.5, 0.0], np.float32), np.array([0.0, 0.5, 1.0], np.float32)
@@ -170,7 +170,7 @@ def mix(
         return np.where((rows[:, None] + columns) % 2 == 0, one, other)[..., None]
     return ((1 - fade) * one + fade * other)[..., None]
 
-# %% ../nbs/21a_slices.ipynb #12103b5b
+# %% ../nbs/21a_slices.ipynb #a0789a4a
 JACOBIAN_COLOURS = matplotlib.colormaps["RdBu_r"](np.linspace(0, 1, 256))[:, :3].astype(np.float32)
 
 
@@ -182,7 +182,7 @@ def jacobian_colours(
     place = np.clip((det - 1) / half_range, -1, 1) * 127.5 + 127.5
     return np.where(det[..., None] > 0, JACOBIAN_COLOURS[place.round().astype(int)], 0)
 
-# %% ../nbs/21a_slices.ipynb #ac1160fc
+# %% ../nbs/21a_slices.ipynb #285613c0
 def grid_lines(
     disp: Float[Tensor, "3 i j k"],  # mm, along the axes of the grid
     grid: Grid,
@@ -215,7 +215,7 @@ def arrows(
     some = slice(step[0] // 2, None, step[0]), slice(step[1] // 2, None, step[1])
     return places[some].reshape(-1, 2), u[some].reshape(-1, 2)
 
-# %% ../nbs/21a_slices.ipynb #08a666c3
+# %% ../nbs/21a_slices.ipynb #ffbea03e
 @dataclass(frozen=True)
 class Look:
     "What a picture of slices shows."
@@ -223,7 +223,7 @@ class Look:
     at: tuple[int, int, int]  # voxel of the crosshair, through which all planes are cut
     show: str = "blend"  # one of `SHOW`
     fade: float = 0.5  # of a blend; for "jacobian", how strongly it lies over the fixed image
-    outlined: tuple[str, ...] = ("moved", "fixed")  # label maps with outlines: solid, the fixed image's dashed
+    outlined: tuple[str, ...] = ()  # label maps with outlines: solid, the fixed image's dashed
     lines: str = "none"  # "none", "grid" or "arrows"
     windows: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # by image: the values that become black and white
     half_range: float = 0.5  # det J of 1 +- this has the strongest colours
@@ -260,6 +260,13 @@ def showable(
     return [name for name in SHOW if stack.disp is not None or name not in ("moved", "jacobian")]
 
 
+def usual_outlines(
+    stack: Stack,
+) -> tuple[str, ...]:  # names of label maps
+    "The moving labels, moved where they can be, and the fixed image's."
+    return tuple(name for name in ("moved" if stack.disp is not None else "moving", "fixed") if name in stack.labels)
+
+
 def first_look(
     stack: Stack,
     **choices,  # fields of `Look`
@@ -271,9 +278,9 @@ def first_look(
     middle = tuple(n // 2 for n in stack.grid.shape)
     windows = {name: auto_window(image, stack.modalities[name]) for name, image in stack.images.items()}
     at = label_centre(stack, stack.names[len(stack.names) // 2]) if stack.names else middle
-    return Look(**{"at": at, "windows": windows} | choices)
+    return Look(**{"at": at, "windows": windows, "outlined": usual_outlines(stack)} | choices)
 
-# %% ../nbs/21a_slices.ipynb #f6f6318b
+# %% ../nbs/21a_slices.ipynb #8857f57e
 UNITS = {"ct": " HU", "mr": ""}
 
 
@@ -294,7 +301,7 @@ def describe_point(
         vertebra = f"{name}: {pose}; residual {row.residual_rms_mm:.2f} mm, volume {row.volume_change_percent:+.1f} %"
     return f"R {x:.1f}   A {y:.1f}   S {z:.1f} mm   voxel {', '.join(map(str, at))}\n{'   '.join(values)}\n{vertebra}"
 
-# %% ../nbs/21a_slices.ipynb #830f10a7
+# %% ../nbs/21a_slices.ipynb #7791deff
 def slice_colours(
     stack: Stack,
     plane: Plane,
@@ -309,13 +316,13 @@ def slice_colours(
     elif look.show in stack.images:
         mixed = two[..., None]
     else:
-        square = np.maximum(20.0 / stack.grid.spacing_mm[[plane.up, plane.across]], 1).round().astype(int)
+        square = tuple(max(round(20 / mm), 1) for mm in stack.grid.spacing_mm[[plane.up, plane.across]])
         mixed = mix(one, two, look.show, look.fade, square)
     colours = np.full((*one.shape, 4), 255, np.uint8)
     colours[..., :3] = (255 * mixed).round()
     return colours
 
-# %% ../nbs/21a_slices.ipynb #01ca85da
+# %% ../nbs/21a_slices.ipynb #674801d1
 class Panel(NamedTuple):
     "One plane of a picture: the artists in it that change."
 
@@ -383,7 +390,7 @@ def turn_panel(
         artist.set_visible(look.crosshair)
     panel.title.set_text(f"{plane.name} {index + 1} of {grid.shape[plane.axis]}")
 
-# %% ../nbs/21a_slices.ipynb #390a5f7a
+# %% ../nbs/21a_slices.ipynb #85b3da4b
 def draw_strip(
     axes: Sequence[Axes],  # two
     stack: Stack,
@@ -412,7 +419,7 @@ def draw_scale(
     ax.set_title("det J", fontsize=9)
     ax.tick_params(labelsize=7)
 
-# %% ../nbs/21a_slices.ipynb #a648362c
+# %% ../nbs/21a_slices.ipynb #b42eb036
 class SlicePicture(LivePicture):
     "Planes through one voxel of a stack."
 

@@ -7,7 +7,7 @@ __all__ = ['STILL', 'OUTLINED', 'KEYS', 'STEPS', 'PLANES', 'person_present', 'Vi
            'vertebra_control', 'ct_controls', 'mr_control', 'window_controls', 'show_controls', 'step_slice',
            'press_key', 'SliceViewer', 'JacobianMap', 'DeformedGrid', 'Quiver', 'Interactive']
 
-# %% ../nbs/21b_viewers.ipynb #a2d1a68d
+# %% ../nbs/21b_viewers.ipynb #9b51dbec
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
@@ -16,16 +16,16 @@ from typing import NamedTuple
 
 import ipywidgets as widgets
 import numpy as np
-from ipyevents import Event
 from IPython import get_ipython
 from IPython.display import Image, display
+from ipyevents import Event
 
 from .pairs import Pair
 from .results import Registration
-from .slices import CT_WINDOWS_HU, SlicePicture, Stack, describe_point, first_look, label_centre, pair_stack, result_stack, showable
+from .slices import CT_WINDOWS_HU, SlicePicture, Stack, describe_point, first_look, label_centre, pair_stack, result_stack, showable, usual_outlines
 from .viz import AXIAL, CORONAL, SAGITTAL, Picture, Plane
 
-# %% ../nbs/21b_viewers.ipynb #0329d1d6
+# %% ../nbs/21b_viewers.ipynb #5472c67a
 STILL = """<style class="spinereg-still">
 .jp-OutputArea-child:has(style.spinereg-still):has(+ * + * .jp-OutputArea-output .jupyter-widgets) + * {display: none}
 .jp-OutputArea-child:has(style.spinereg-still) + * + *:not(:has(.jp-OutputArea-output .jupyter-widgets)) {display: none}
@@ -72,7 +72,7 @@ class Viewer:
         self.waiting.daemon = True
         self.waiting.start()
 
-# %% ../nbs/21b_viewers.ipynb #28537449
+# %% ../nbs/21b_viewers.ipynb #dfd138c8
 class Control(NamedTuple):
     "A widget that shows and changes a part of a look."
 
@@ -119,7 +119,7 @@ def vertebra_control(
     menu = widgets.Dropdown(options=[("-", None), *((name, name) for name in stack.names)], description="vertebra", layout={"width": "170px"})
     return Control(menu, under, lambda look, name: look if name is None else replace(look, at=label_centre(stack, name)))
 
-# %% ../nbs/21b_viewers.ipynb #1cf00de8
+# %% ../nbs/21b_viewers.ipynb #78246a8a
 def ct_controls(
     names: tuple[str, ...],  # of the CT images, which share a window
 ) -> list[Control]:  # a menu and a range
@@ -161,8 +161,8 @@ def window_controls(
     mrs = [mr_control(stack, name) for name in stack.images if stack.modalities[name] == "mr"]
     return mrs + (ct_controls(cts) if cts else [])
 
-# %% ../nbs/21b_viewers.ipynb #df4a7db2
-OUTLINED = {"none": (), "moved": ("moved",), "moved and fixed": ("moved", "fixed"), "moving and fixed": ("moving", "fixed"), "fixed": ("fixed",)}
+# %% ../nbs/21b_viewers.ipynb #68f41f05
+OUTLINED = {" and ".join(which) or "none": which for which in ((), ("moved",), ("moving",), ("fixed",), ("moved", "fixed"), ("moving", "fixed"))}
 
 
 def show_controls(
@@ -177,7 +177,7 @@ def show_controls(
         controls += [_menu("lines", ["none", "grid", "arrows"], "lines"), _slider(scale, "half_range")]
     return controls
 
-# %% ../nbs/21b_viewers.ipynb #68a1fb0e
+# %% ../nbs/21b_viewers.ipynb #7ccdcbe9
 KEYS = "wheel, up, down, page up, page down: slice; left, right: fade; 1 to 8: what is shown; n, p: vertebra; o: outlines; c: cross; click: go there"
 STEPS = {"ArrowUp": 1, "ArrowDown": -1, "PageUp": 10, "PageDown": -10}
 
@@ -213,10 +213,10 @@ def press_key(
         following = int(np.argmin(heights)) + (1 if key == "n" else -1)
         return replace(look, at=label_centre(stack, stack.names[following % len(stack.names)]))
     if key == "o":
-        return replace(look, outlined=() if look.outlined else ("moved", "fixed") if stack.disp is not None else ("moving", "fixed"))
+        return replace(look, outlined=() if look.outlined else usual_outlines(stack))
     return replace(look, crosshair=not look.crosshair) if key == "c" else look
 
-# %% ../nbs/21b_viewers.ipynb #1d383608
+# %% ../nbs/21b_viewers.ipynb #ca4e5352
 PLANES = {"all": (SAGITTAL, CORONAL, AXIAL), "sagittal": (SAGITTAL,), "coronal": (CORONAL,), "axial": (AXIAL,)}
 
 
@@ -316,7 +316,7 @@ class SliceViewer(Viewer):
         self.refresh()
         return widgets.VBox([*rows, self.image, self.words, widgets.HTML(f"<small>{KEYS}</small>")])
 
-# %% ../nbs/21b_viewers.ipynb #1651b23b
+# %% ../nbs/21b_viewers.ipynb #2b0daec1
 class JacobianMap(SliceViewer):
     "Where tissue shrinks or grows; beside it volume change and residual of every vertebra."
 
@@ -337,7 +337,7 @@ class Quiver(SliceViewer):
     def __init__(self, result: Registration | Stack, planes: str = "all", **look):
         super().__init__(result, planes, **{"show": "moved", "lines": "arrows"} | look)
 
-# %% ../nbs/21b_viewers.ipynb #6816df86
+# %% ../nbs/21b_viewers.ipynb #88b4636c
 class Interactive(Viewer):
     "A picture that follows sliders."
 

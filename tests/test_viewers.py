@@ -1,0 +1,252 @@
+"Viewers: what is drawn is where it is in the world, on any grid; what stays in a notebook is a PNG."
+
+import itertools
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+
+import nbformat
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from matplotlib import pyplot
+from PIL import Image
+from scipy.spatial.transform import Rotation
+
+from spinereg.geometry import Grid
+from spinereg.pairs import read_pair
+from spinereg.slices import CT_WINDOWS_HU, SlicePicture, Stack, describe_point, first_look, label_centre, pair_stack, showable
+from spinereg.viewers import PLANES, SliceViewer
+
+ROOT = Path(__file__).parent.parent
+OBLIQUE = Rotation.from_euler("xyz", [12, -8, 17], degrees=True).as_matrix()
+
+
+def pixels(png):
+    return np.asarray(Image.open(BytesIO(png)).convert("RGB")).astype(int)
+
+
+def make_stack(spacing_mm=(4.0, 1.1, 0.7), axes=OBLIQUE, size_mm=88.0, **more):
+    "A bright ball of 15 mm about a world point, labelled, on an oblique grid of thick slices."
+    shape = tuple(int(size_mm / mm) for mm in spacing_mm)
+    affine = np.eye(4)
+    affine[:3, :3] = axes * spacing_mm
+    affine[:3, 3] = np.array([10.0, -20.0, 30.0]) - affine[:3, :3] @ ((np.array(shape) - 1) / 2)
+    grid = Grid(shape, affine)
+    ball = (grid.points_mm(torch.zeros(1, dtype=torch.float64)) - torch.tensor([10.0, -20.0, 30.0])).norm(dim=-1) < 15
+    images = {"fixed": ball.float() * 100, "moving": ball.float() * 1000}
+    return Stack(grid, images, {"fixed": "mr", "moving": "ct"}, {"moving": ball.int()}, ("L1",), pd.DataFrame(), **more)
+
+
+@pytest.mark.parametrize("plane", ["sagittal", "coronal", "axial"])
+def test_a_ball_is_drawn_round_and_as_large_as_it_is(plane):
+    """Physical aspect ratio: on an oblique grid of thick slices, a ball of 30 mm is a disc of 30 mm in every plane."""
+    stack = make_stack()
+    picture = SlicePicture(stack, first_look(stack, show="fixed", outlined=(), crosshair=False), PLANES[plane], words=False)
+    picture.png()
+    ax = picture.panels[0].ax
+    mm = ax.bbox.width / abs(ax.get_xlim()[1] - ax.get_xlim()[0])
+    top, bottom, left, right = (int(n) for n in (picture.bbox.height - ax.bbox.y1, picture.bbox.height - ax.bbox.y0, ax.bbox.x0, ax.bbox.x1))
+    rows, columns = np.nonzero(pixels(picture.png())[top + 20 : bottom - 20, left + 20 : right - 20].min(-1) > 200)
+    spacing = stack.grid.spacing_mm
+    for found, axis in ((columns, PLANES[plane][0].across), (rows, PLANES[plane][0].up)):
+        assert np.ptp(found) / mm == pytest.approx(30, abs=spacing[axis] + 1)
+
+
+@pytest.mark.parametrize("plane", ["sagittal", "coronal", "axial"])
+def test_the_letters_tell_the_truth_on_an_oblique_grid(plane):
+    """A step in the picture towards the right-hand letter is a step in the world towards that side."""
+    stack, way = make_stack(), {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "S": (2, 1), "I": (2, -1)}
+    picture = SlicePicture(stack, first_look(stack), PLANES[plane], words=False)
+    picture.png()
+    box, panel = picture.panels[0].ax.bbox, picture.panels[0]
+    middle = (box.x0 + box.x1) / 2, picture.bbox.height - (box.y0 + box.y1) / 2
+
+    def world(dx, dy):
+        return stack.grid.affine[:3] @ [*picture.voxel_at(middle[0] + dx, middle[1] + dy)[1], 1]
+
+    shown = {text.get_text(): text.get_position() for text in panel.ax.texts if text.get_text() in way}
+    assert set(shown) == set(panel.plane.letters)
+    for letter, (x, y) in shown.items():
+        towards = world(*(100 * np.sign(np.round([x - 0.5, 0.5 - y], 1)))) - world(0, 0)
+        axis, sign = way[letter]
+        assert towards[axis] * sign > 0 and abs(towards[axis]) == abs(towards).max()
+
+
+def test_the_crosshair_names_its_place_its_values_and_its_vertebra():
+    stack = make_stack()
+    at = label_centre(stack, "L1")
+    said = describe_point(stack, at)
+    x, y, z = map(float, re.match(r"R (\S+)   A (\S+)   S (\S+) mm", said).groups())
+    assert np.abs(np.array([x, y, z]) - [10, -20, 30]).max() < 2.1 and "fixed 100   moving 1000 HU" in said and "moving: L1" in said
+
+
+def test_a_pair_is_shown_where_its_headers_put_it(tmp_path):
+    """The moving image, stored in another order on another oblique grid, is drawn where it is in the world."""
+    one, other = make_stack(), make_stack((1.5, 0.9, 2.0), axes=Rotation.from_euler("xyz", [-10, 5, 3], degrees=True).as_matrix(), size_mm=110.0)
+    nib.save(nib.Nifti1Image(one.images["fixed"].numpy(), one.grid.affine), tmp_path / "fixed.nii")
+    turned = nib.Nifti1Image(other.images["moving"].numpy(), other.grid.affine).as_reoriented(nib.orientations.axcodes2ornt("IPR"))
+    nib.save(turned, tmp_path / "moving.nii")
+    stack = pair_stack(read_pair(tmp_path / "fixed.nii", tmp_path / "moving.nii", moving_modality="ct", fixed_modality="mr"))
+    both = [(stack.images[name] > half).float() for name, half in (("fixed", 50), ("moving", 500))]
+    assert 2 * (both[0] * both[1]).sum() / (both[0].sum() + both[1].sum()) > 0.93
+
+
+def test_folds_are_black_and_kept_volume_is_white():
+    stack = make_stack()
+    det = torch.ones(stack.grid.shape)
+    det[:, :, : stack.grid.shape[2] // 2] = -0.2
+    stack = stack._replace(jacobian_det=det, disp=torch.zeros(3, *det.shape), images=stack.images | {"moved": stack.images["moving"]})
+    stack.modalities["moved"] = "ct"
+    picture = SlicePicture(stack, first_look(stack, show="jacobian", fade=1.0, outlined=(), crosshair=False), PLANES["coronal"], words=False)
+    shown, box = pixels(picture.png()), picture.panels[0].ax.bbox
+    x, rows = int(box.x0 + 0.3 * box.width), (picture.bbox.height - np.array([box.y0 + 0.25 * box.height, box.y0 + 0.75 * box.height])).astype(int)
+    assert shown[rows[0], x].max() == 0 and shown[rows[1], x].min() > 240
+
+
+@pytest.mark.parametrize("which", [None, "moved", "jacobian", "gone"])
+def test_what_cannot_be_shown_is_refused_with_what_can(which):
+    stack = make_stack()
+    if which is None:
+        assert showable(stack) == ["fixed", "moving", "blend", "colours", "checkerboard", "difference"]
+        return
+    with pytest.raises(ValueError, match=f"'show': '{which}'.*fixed, moving, blend"):
+        SliceViewer(stack, show=which)
+
+
+# the widget
+
+
+@pytest.fixture
+def viewer():
+    viewer = SliceViewer(make_stack())
+    viewer.box  # noqa: B018  as a notebook would ask for it
+    return viewer
+
+
+def control(viewer, name):
+    return next(control.widget for control in viewer.controls if control.widget.description == name)
+
+
+def test_every_control_changes_the_picture_and_follows_the_program(viewer):
+    changes = {"left - right": 3, "foot - head": 60, "show": "difference", "fade": 0.9, "outlines": (), "CT window": CT_WINDOWS_HU["soft tissue"]}
+    changes |= {"fixed MR %": (2.0, 60.0), "back - front": 20}
+    viewer.change(show="blend")
+    for name, value in changes.items():
+        if name == "fade":
+            viewer.change(show="blend", at=label_centre(viewer.stack, "L1"))
+        before, look = viewer.image.value, viewer.look
+        control(viewer, name).value = value
+        assert viewer.look != look, name
+        assert name in ("fixed MR %",) or viewer.image.value != before, name
+    viewer.change(fade=0.25, show="blend")
+    assert control(viewer, "fade").value == 0.25 and control(viewer, "show").value == "blend"
+
+
+def test_wheel_click_and_keys(viewer):
+    picture, start = viewer.live, viewer.look.at
+    box = picture.panels[1].ax.bbox
+    place = {"dataX": box.x0 + 0.25 * box.width, "dataY": picture.bbox.height - (box.y0 + 0.75 * box.height)}
+    viewer.on_event({"type": "wheel", "deltaY": -120.0} | place)
+    assert viewer.look.at == (start[0], start[1] + 1, start[2]), "the wheel moves the plane under the mouse"
+    viewer.on_event({"type": "click"} | place)
+    i, _, k = viewer.look.at
+    assert np.allclose([i, k], 0.75 * np.array(viewer.stack.grid.shape)[[0, 2]], atol=1), "the patient's right is on the left"
+    changes = {"4": ("show", "colours"), "o": ("outlined", ()), "c": ("crosshair", False), "n": ("at", label_centre(viewer.stack, "L1"))}
+    for key, (name, value) in changes.items():
+        viewer.on_event({"type": "keydown", "key": key})
+        assert getattr(viewer.look, name) == value
+    for key in itertools.chain(["PageUp"] * 40, ["ArrowUp"] * 3, ["x", "Shift", "9"]):
+        viewer.on_event({"type": "keydown", "key": key})
+    assert viewer.look.at[1] == viewer.stack.grid.shape[1] - 1
+
+
+def test_planes_can_be_changed_and_the_live_picture_is_the_recorded_one(viewer):
+    viewer.change(planes="axial")
+    assert len(viewer.live.panels) == 1
+    whole = viewer.picture()
+    whole.png()
+    live, recorded = pixels(viewer.image.value), pixels(whole._repr_png_())
+    assert recorded.shape[0] > live.shape[0] and recorded.shape[1] == live.shape[1]
+
+
+def test_a_look_is_a_value():
+    stack = make_stack()
+    look = first_look(stack)
+    assert replace(look, fade=0.1) != look == replace(replace(look, fade=0.1), fade=0.5)
+
+
+# what stays
+
+EVERY = """
+import spinereg
+from spinereg.monitor import TrainingMonitor
+from spinereg.pairs import read_pair
+from spinereg.view3d import view3d
+from spinereg.viewers import DeformedGrid, Interactive, JacobianMap, Quiver, SliceViewer
+from spinereg.viz import Picture
+files = [f"{samples}/test/easy_0/{name}.nii.gz" for name in ("mr_t1", "ct", "ct_mask")]
+
+def draw(width):
+    return Picture(figsize=(width, 1))
+"""
+CELLS = [
+    "result = spinereg.register(*files, spacing_mm=4.0, levels=(1,), steps=(10,), on_step=TrainingMonitor())",
+    "SliceViewer(read_pair(*files))",
+    "SliceViewer(result)",
+    "JacobianMap(result)",
+    "DeformedGrid(result)",
+    "Quiver(result, 'sagittal')",
+    "view3d(result)",
+    "view3d(result, engine='itkwidgets')",
+    "Interactive(draw, width=(1, 3, 2))",
+]
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory):
+    "A notebook with every viewer, executed by papermill."
+    path = tmp_path_factory.mktemp("executed") / "every.ipynb"
+    setup = nbformat.v4.new_code_cell(f"samples = {str(ROOT / 'data_samples')!r}" + EVERY)
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook = nbformat.v4.new_notebook(cells=[setup, *map(nbformat.v4.new_code_cell, CELLS)], metadata={"kernelspec": kernel})
+    nbformat.write(notebook, path)
+    subprocess.run([sys.executable, "-m", "papermill", path, path, "--kernel", "python3", "--no-progress-bar"], check=True, capture_output=True)
+    return path
+
+
+def test_d1_what_papermill_leaves_of_every_viewer_is_a_png_and_no_widget(executed):
+    """D1: no widget view, no widget state; one PNG per viewer."""
+    notebook = nbformat.read(executed, 4)
+    assert "widgets" not in notebook.metadata
+    for cell in notebook.cells[1:]:
+        shown = [set(output.data) for output in cell.outputs if output.output_type in ("display_data", "execute_result")]
+        assert sum("image/png" in data for data in shown) == 1, cell.source
+        assert not any("application/vnd.jupyter.widget-view+json" in data for data in shown), cell.source
+
+
+def test_d1_the_page_made_of_it_shows_every_picture(executed):
+    """D1: nbconvert to HTML: as many pictures as viewers, no widget, no error."""
+    subprocess.run([sys.executable, "-m", "jupyter", "nbconvert", "--to", "html", executed], check=True, capture_output=True)
+    page = executed.with_suffix(".html").read_text()
+    assert page.count("<img") == len(CELLS) == page.count("data:image/png;base64")
+    assert "Error displaying widget" not in page and "widget-view" not in page.replace("jupyter-widgets/html-manager", "")
+
+
+def test_d4_no_figure_stays_open():
+    """D4: pictures are drawn without pyplot."""
+    SliceViewer(make_stack()).box  # noqa: B018
+    assert pyplot.get_fignums() == []
+
+
+def test_reading_a_sample_gives_a_stack_with_one_name_per_vertebra():
+    files = [ROOT / "data_samples/test/clinical_0" / f"{name}.nii.gz" for name in ("mr_t1", "ct", "ct_mask", "mr_mask")]
+    stack = pair_stack(read_pair(*files))
+    for which, pair_labels in (("fixed", read_pair(*files).fixed_labels),):
+        for number, name in enumerate(pair_labels.names, start=1):
+            assert torch.equal(stack.labels[which] == stack.names.index(name) + 1, pair_labels.data == number)
