@@ -1,6 +1,8 @@
-"A real JupyterLab in headless Chromium: start both, open a notebook, run it, press its controls, look at its pictures."
+"A real JupyterLab in headless Chromium: open a notebook, run it, press its controls, look at its pictures. Fixture `lab` in conftest.py."
 
+import base64
 import io
+import json
 import os
 import re
 import secrets
@@ -21,17 +23,32 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update"]
-FLAGS += ["--disable-sync", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+FLAGS += ["--disable-component-update", "--disable-sync", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
 ELSEWHERE = re.compile(r"^(?!(https?|ws)://127\.0\.0\.1[:/]|data:|blob:|file:)")
+
+# JavaScript: the notebook in front, whether its kernel listens, whether all of its cells have run
 NOTEBOOK = "window.jupyterapp?.shell?.currentWidget"
-READY = f"['idle', 'busy'].includes({NOTEBOOK}?.sessionContext?.session?.kernel?.status)"
-DONE = f"""() => {{
-    const cells = {NOTEBOOK}.content.widgets.map(cell => cell.model).filter(cell => cell.type === 'code' && cell.sharedModel.source.trim());
-    const failed = cells.flatMap(cell => cell.outputs.toJSON()).find(output => output.output_type === 'error');
-    const ended = cells.every(cell => cell.executionCount && cell.executionState === 'idle');
-    return failed ? failed.traceback.join('\\n') : ended && {NOTEBOOK}.sessionContext.session.kernel.status === 'idle' && 'done';
+LISTENS = f"['idle', 'busy'].includes({NOTEBOOK}?.sessionContext?.session?.kernel?.status)"
+ENDED = f"""() => {{
+    const cells = {NOTEBOOK}.content.widgets.map(cell => cell.model).filter(cell => cell.type === 'code' && cell.sharedModel.source.trim())
+    const failed = cells.flatMap(cell => cell.outputs.toJSON()).find(output => output.output_type === 'error')
+    if (failed) return failed.traceback.join('\\n')
+    return cells.every(cell => cell.executionCount && cell.executionState === 'idle') && {NOTEBOOK}.sessionContext.session.kernel.status === 'idle'
 }}"""
+COMMAND = "async ([name, args]) => { await window.jupyterapp.commands.execute(name, args) }"
+WITHOUT_KERNEL = """async path => {
+    await window.jupyterapp.restored
+    const notebook = await window.jupyterapp.commands.execute('docmanager:open', {path, kernelPreference: {shouldStart: false}})
+    await notebook.context.ready
+}"""
+DECODED = """async image => {
+    await image.decode()
+    const canvas = Object.assign(document.createElement('canvas'), {width: image.naturalWidth, height: image.naturalHeight})
+    canvas.getContext('2d').drawImage(image, 0, 0)
+    return canvas.toDataURL('image/png')
+}"""
+SETTINGS = {"apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": True}}
 
 
 class Server(NamedTuple):
@@ -40,9 +57,10 @@ class Server(NamedTuple):
     address: str
     token: str
     root: Path
+    log: Path
 
-    def url(self, path, page="lab/tree"):
-        return f"{self.address}/{page}/{path}?token={self.token}&reset"
+    def url(self, path=""):
+        return f"{self.address}/lab{path}?token={self.token}&reset"
 
 
 def free_port():
@@ -60,88 +78,103 @@ def answers(url):
 
 @contextmanager
 def jupyterlab(folder, python=sys.executable, seconds=60):
-    "Serve `folder`/notebooks with settings, kernels and workspaces of its own; notebooks import this checkout's spinereg."
-    address, token, root = f"http://127.0.0.1:{free_port()}", secrets.token_hex(16), folder / "notebooks"
+    "Serve `folder`/notebooks with settings, workspaces and a log of its own; what a notebook imports is this checkout."
+    port, token, root, log = free_port(), secrets.token_hex(16), folder / "notebooks", folder / "jupyterlab.log"
+    server = Server(f"http://127.0.0.1:{port}", token, root, log)
     root.mkdir()
     own = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR", "IPYTHONDIR")
     env = os.environ | {name: str(folder / name.lower()) for name in own} | {"PYTHONPATH": str(ROOT)}
-    options = ["--no-browser", "--allow-root", f"--ServerApp.root_dir={root}", "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={address.split(':')[-1]}"]
-    options += [f"--IdentityProvider.token={token}", "--ServerApp.port_retries=0", "--LabApp.expose_app_in_browser=True", "--LabApp.news_url="]
+    for name, values in SETTINGS.items():
+        path = folder / f"jupyterlab_settings_dir/@jupyterlab/{name}.jupyterlab-settings"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(values))
+    options = [f"--ServerApp.port={port}", "--ServerApp.port_retries=0", "--ServerApp.ip=127.0.0.1", f"--IdentityProvider.token={token}"]
+    options += [f"--ServerApp.root_dir={root}", "--no-browser", "--allow-root", "--LabApp.expose_app_in_browser=True", "--LabApp.news_url="]
     options += ["--LabApp.extension_manager=readonly", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
-    log = folder / "jupyterlab.log"
     with log.open("w") as stream:
         process = subprocess.Popen([python, "-m", "jupyterlab", *options], env=env, stdout=stream, stderr=stream, cwd=root)
     try:
         end = time.monotonic() + seconds
-        while not answers(f"{address}/api/status?token={token}"):
+        while not answers(f"{server.address}/api/status?token={token}"):
             if process.poll() is not None or time.monotonic() > end:
                 raise RuntimeError(f"JupyterLab did not start within {seconds} s: {log.read_text()}")
             time.sleep(0.1)
-        yield Server(address, token, root)
+        yield server
     finally:
         process.terminate()
         process.wait(30)
 
 
 def offline(context):
-    "Let no request of the browser leave 127.0.0.1; the list returned holds those that tried."
+    "Let no request of a browser leave 127.0.0.1; the list returned holds the addresses it tried."
     tried = []
     context.route(ELSEWHERE, lambda route: (tried.append(route.request.url), route.abort()))
-    context.route_web_socket(ELSEWHERE, lambda route: tried.append(route.url))
+    context.route_web_socket(ELSEWHERE, lambda socket: tried.append(socket.url))
     return tried
 
 
-def write_notebook(path, *sources):
-    "A notebook of code cells, as a user would have typed them."
-    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    cells = [nbformat.v4.new_code_cell(source) for source in sources]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
+def pixels(picture):
+    "What an <img> shows, as the browser decoded it: uint8[height, width, 3]."
+    url = picture.evaluate(DECODED)
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))).convert("RGB"))
 
 
-def open_notebook(page, server, path):
-    "Open `path` (below the server's root) in a fresh JupyterLab and wait for its kernel."
-    page.goto(server.url(path))
-    page.wait_for_function(READY)
+class Lab:
+    "A tab of the browser with JupyterLab; `tried` lists the addresses outside 127.0.0.1 that were asked for."
 
+    def __init__(self, page, server, shots, tried):
+        self.page, self.server, self.shots, self.tried = page, server, shots, tried
 
-def command(page, name, **args):
-    "Execute a command of JupyterLab and wait for its end."
-    page.evaluate("([name, args]) => window.jupyterapp.commands.execute(name, args).then(() => null)", [name, args])
+    def write(self, name, *sources):
+        "Put a notebook of code cells on the server."
+        kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        cells = [nbformat.v4.new_code_cell(source) for source in sources]
+        path = self.server.root / name
+        nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
+        return path
 
+    def open(self, name):
+        "Open a notebook of the server in a fresh JupyterLab, as a link does, and wait for its kernel."
+        self.page.goto(self.server.url(f"/tree/{name}"))
+        self.page.wait_for_function(LISTENS)
 
-def start_all(page):
-    "Run all cells and return at once."
-    page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }")
+    def open_without_kernel(self, name):
+        "Open a notebook of the server to be read only: no kernel is started."
+        self.page.goto(self.server.url())
+        self.page.wait_for_function("window.jupyterapp")
+        self.page.evaluate(WITHOUT_KERNEL, name)
 
+    def command(self, name, **args):
+        "Execute a command of JupyterLab to its end."
+        self.page.evaluate(COMMAND, [name, args])
 
-def wait_idle(page, seconds=60):
-    "Wait until every cell has run and the kernel is idle; an error in a cell is raised here."
-    state = page.wait_for_function(DONE, timeout=1000 * seconds).json_value()
-    if state != "done":
-        raise RuntimeError(re.sub(r"\x1b\[[\d;]*m", "", state))
+    def start_all(self):
+        "Run all cells and return at once."
+        self.page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }")
 
+    def wait(self, seconds=60):
+        "Wait until all cells have run and the kernel is idle; an error in a cell is raised here."
+        ended = self.page.wait_for_function(ENDED, timeout=1000 * seconds).json_value()
+        if ended is not True:
+            raise RuntimeError(re.sub(r"\x1b\[[\d;]*m", "", ended))
 
-def run_all(page, seconds=60):
-    start_all(page)
-    wait_idle(page, seconds)
+    def run_all(self, seconds=60):
+        self.start_all()
+        self.wait(seconds)
 
+    def outputs(self, cell):
+        "What stands below a cell, counted from 0."
+        return self.page.locator(".jp-Notebook .jp-Cell").nth(cell).locator(".jp-Cell-outputArea")
 
-def outputs(page, cell):
-    "What stands below a code cell, counted from 0."
-    return page.locator(".jp-NotebookPanel:not(.lm-mod-hidden) .jp-Cell").nth(cell).locator(".jp-Cell-outputArea")
+    def shot(self, what):
+        "Keep what the reader sees for the test report."
+        return self.shots(self.page, what)
 
+    def save(self):
+        self.command("docmanager:save")
 
-def pixels(locator):
-    "What the reader sees of an element, as uint8[height, width, 3]."
-    return np.asarray(Image.open(io.BytesIO(locator.screenshot())).convert("RGB"))
-
-
-def shutdown_kernels(page):
-    page.evaluate("() => window.jupyterapp.serviceManager.sessions.shutdownAll()")
-
-
-def close(page):
-    "Save the notebook, end its kernel, leave JupyterLab."
-    command(page, "docmanager:save")
-    shutdown_kernels(page)
-    page.goto("about:blank")
+    def close(self):
+        "Leave JupyterLab and end its kernels."
+        if self.page.url.startswith(self.server.address):
+            self.page.evaluate("() => window.jupyterapp?.serviceManager.sessions.shutdownAll()")
+        self.page.goto("about:blank")
