@@ -1,6 +1,8 @@
 """JupyterLab in headless Chromium without a network: what the user presses reaches the kernel, and what the kernel draws is seen."""
 
 import re
+import subprocess
+import sys
 
 import ipykernel
 import numpy as np
@@ -56,11 +58,30 @@ def loop():
 display(ipywidgets.HBox([stop, label]))
 """
 
+# three outputs: a style, a still picture, the controls; the style hides the picture while the controls live, and them when they do not
+STILL = '''
+import io, ipywidgets
+from PIL import Image
+stream = io.BytesIO()
+Image.new("RGB", (200, 100), (200, 30, 30)).save(stream, "png")
+style = """<style class="still">
+.jp-OutputArea-child:has(style.still):has(+ * + * .jp-OutputArea-output .jupyter-widgets) + * {display: none}
+.jp-OutputArea-child:has(style.still) + * + *:not(:has(.jp-OutputArea-output .jupyter-widgets)) {display: none}
+</style>"""
+display({"text/html": style, "text/plain": ""}, raw=True)
+display({"image/png": stream.getvalue(), "text/plain": ""}, raw=True)
+display(ipywidgets.IntSlider()._repr_mimebundle_() | {"text/plain": ""}, raw=True)
+'''
+
 STATE = """() => {
     const notebook = window.jupyterapp.shell.currentWidget.content
     const scrolled = document.querySelector('.jp-WindowedPanel-outer').scrollTop
     return {scrolled, cells: notebook.widgets.length, active: notebook.activeCellIndex, type: notebook.activeCell.model.type}
 }"""
+
+
+def jupyter(lab, *command):
+    subprocess.run([sys.executable, "-m", *map(str, command)], check=True, capture_output=True, cwd=lab.server.root)
 
 
 def test_slider_moved_by_the_keyboard_redraws_the_picture(lab):
@@ -124,6 +145,45 @@ def test_stop_ends_a_loop_within_one_step(lab, start):
     assert heard_at <= ended_at <= heard_at + 1
     assert pressed_at <= heard_at < pressed_at + 50
     lab.wait()
+
+
+def check_still(outputs):
+    "Only the picture is seen: no control, no message in place of one."
+    expect(outputs.locator("img")).to_be_visible()
+    assert pixels(outputs.locator("img")).shape == (100, 200, 3)
+    expect(outputs.get_by_role("slider")).to_have_count(0)
+    expect(outputs.get_by_text(re.compile("widget", re.I)).filter(visible=True)).to_have_count(0)
+
+
+def test_saved_notebook_reopens_with_its_picture(lab):
+    """Saved, kernel ended, opened again: the picture in place of `Error displaying widget`, with a new kernel and without one."""
+    lab.write("still.ipynb", STILL)
+    lab.open("still.ipynb")
+    lab.run_all()
+    expect(lab.outputs(0).get_by_role("slider")).to_be_visible()
+    expect(lab.outputs(0).locator("img")).to_be_hidden()
+    lab.save()
+    lab.close()
+    lab.open("still.ipynb")
+    expect(lab.outputs(0)).to_contain_text("Error displaying widget")
+    check_still(lab.outputs(0))
+    lab.close()
+    lab.open_without_kernel("still.ipynb")
+    check_still(lab.outputs(0))
+
+
+def test_executed_notebook_shows_its_picture_in_jupyterlab_and_as_a_page(lab):
+    """Executed by papermill: JupyterLab without a kernel shows the picture, and so does the page that nbconvert makes of it."""
+    path = lab.write("batch.ipynb", STILL)
+    jupyter(lab, "papermill", path, path)
+    jupyter(lab, "nbconvert", "--to", "html", path)
+    lab.open_without_kernel(path.name)
+    check_still(lab.outputs(0))
+    lab.shot("jupyterlab")
+    lab.page.goto(path.with_suffix(".html").as_uri())
+    check_still(lab.page.locator(".jp-Cell-outputArea").first)
+    assert all("cdnjs" in url or "unpkg" in url for url in lab.tried)  # what nbconvert's own template asks for
+    lab.tried.clear()
 
 
 def test_no_request_leaves_this_machine(lab):
