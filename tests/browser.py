@@ -27,9 +27,18 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "-
 FLAGS += ["--disable-component-update", "--disable-sync", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
 ELSEWHERE = re.compile(r"^(?!(https?|ws)://127\.0\.0\.1[:/]|data:|blob:|file:)")
 
-# JavaScript: the notebook in front, whether its kernel listens, whether all of its cells have run
+# JavaScript: the notebook in front, whether its kernel answers in time, whether all of its cells have run
 NOTEBOOK = "window.jupyterapp?.shell?.currentWidget"
-LISTENS = f"['idle', 'busy'].includes({NOTEBOOK}?.sessionContext?.session?.kernel?.status)"
+ANSWERS = f"""async seconds => {{
+    const pause = time => new Promise(resolve => setTimeout(resolve, time))
+    const kernel = () => {NOTEBOOK}?.sessionContext?.session?.kernel
+    const answer = async () => {{
+        while (!['idle', 'busy'].includes(kernel()?.status)) await pause(50)
+        await kernel().requestExecute({{code: '', silent: true}}).done
+        return true
+    }}
+    return Promise.race([answer(), pause(1000 * seconds)])
+}}"""
 ENDED = f"""() => {{
     const cells = {NOTEBOOK}.content.widgets.map(cell => cell.model).filter(cell => cell.type === 'code' && cell.sharedModel.source.trim())
     const failed = cells.flatMap(cell => cell.outputs.toJSON()).find(output => output.output_type === 'error')
@@ -133,10 +142,17 @@ class Lab:
         nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
         return path
 
-    def open(self, name):
-        "Open a notebook of the server in a fresh JupyterLab, as a link does, and wait for its kernel."
-        self.page.goto(self.server.url(f"/tree/{name}"))
-        self.page.wait_for_function(LISTENS)
+    def open(self, name, seconds=30):
+        """Open a notebook of the server in a fresh JupyterLab, as a link does, and wait for its kernel.
+
+        Now and then a kernel of ipykernel 7 does not answer its first request (microsoft/vscode-jupyter#17228); then another is started.
+        """
+        for _ in range(3):
+            self.page.goto(self.server.url(f"/tree/{name}"))
+            if self.page.evaluate(ANSWERS, seconds):
+                return
+            self.close()
+        raise RuntimeError(f"no kernel answered within {seconds} s: {self.server.log.read_text()}")
 
     def open_without_kernel(self, name):
         "Open a notebook of the server to be read only: no kernel is started."
