@@ -110,8 +110,8 @@ def jupyterlab(folder, python=sys.executable, seconds=60):
             time.sleep(0.1)
         yield server
     finally:
-        process.terminate()
-        process.wait(30)
+        process.kill()  # its kernels end by themselves; a server that waits for one that does not answer would take a minute
+        process.wait()
 
 
 def offline(context):
