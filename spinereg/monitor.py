@@ -6,7 +6,7 @@
 __all__ = ['POINTS', 'TERMS', 'CURVES', 'thin', 'Curves', 'make_curves', 'grow', 'turn_curves', 'view_stack', 'MonitorPicture',
            'Budget', 'listen', 'usage', 'clock', 'Log', 'new_log', 'Wishes', 'Buttons', 'TrainingMonitor', 'waiting']
 
-# %% ../nbs/22_monitor.ipynb #f0597003
+# %% ../nbs/22_monitor.ipynb #3089d1b8
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +29,7 @@ from .steering import Step
 from .viewers import Viewer
 from .viz import COLOURS, SAGITTAL, Overview, Picture
 
-# %% ../nbs/22_monitor.ipynb #df408e56
+# %% ../nbs/22_monitor.ipynb #84c018ff
 POINTS = 400
 
 
@@ -45,7 +45,7 @@ def thin(
     count = (~np.isnan(table)).sum(1)
     return steps + (stretch + 1) / 2, np.nansum(table, 1) / np.where(count, count, np.nan)
 
-# %% ../nbs/22_monitor.ipynb #9c3ae43b
+# %% ../nbs/22_monitor.ipynb #5ac1327f
 class Curves(NamedTuple):
     "A panel of curves over the steps."
 
@@ -110,7 +110,7 @@ def turn_curves(
     curves.marks.set_segments([[(begin, 0), (begin, 1)] for begin in begins])
     return before != (ax.get_xlim(), ax.get_ylim())
 
-# %% ../nbs/22_monitor.ipynb #1b2a90f0
+# %% ../nbs/22_monitor.ipynb #64f858f9
 TERMS = ("diffusion", "orthonormality", "properness", "rigid_dice", "rigid_field")
 CURVES = (  # columns of the steps' rows, title, logarithmic
     (("loss", "similarity"), "loss and similarity", False),
@@ -161,7 +161,7 @@ class MonitorPicture(LivePicture):
         if any([turn_curves(curves, traces, begins) for curves in self.curves]):
             self.still = None
 
-# %% ../nbs/22_monitor.ipynb #33404a1d
+# %% ../nbs/22_monitor.ipynb #27906ad9
 class Budget:
     "Time that may be spent beside a run."
 
@@ -172,8 +172,8 @@ class Budget:
     def allows(self, what: str) -> bool:
         "Whether there is time for something that took so long the last time."
         now = time.perf_counter()
-        known = self.cost.get(what)
-        return known is None or (now - self.last >= self.every_s and self.spent + known <= self.share * (now - self.began))
+        known = self.cost.get(what, 0.0)
+        return now - self.last >= self.every_s and self.spent + known <= self.share * (now - self.began)
 
     def spend(self, what: str, began: float) -> None:
         "Account for something that has just been done."
@@ -181,7 +181,7 @@ class Budget:
         self.cost[what] = self.last - began
         self.spent += self.cost[what]
 
-# %% ../nbs/22_monitor.ipynb #9c04f096
+# %% ../nbs/22_monitor.ipynb #e6d83791
 def listen(
     controls: Sequence[widgets.Widget],
 ) -> None:
@@ -210,7 +210,7 @@ def clock(
     minutes, rest = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
 
-# %% ../nbs/22_monitor.ipynb #8cfa7e3c
+# %% ../nbs/22_monitor.ipynb #539217f1
 @dataclass
 class Log:
     "What a run has told so far."
@@ -242,7 +242,7 @@ def new_log() -> Log:
     "An empty log of all that is drawn."
     return Log({name: [] for columns, *_ in CURVES for name in columns})
 
-# %% ../nbs/22_monitor.ipynb #d1b08539
+# %% ../nbs/22_monitor.ipynb #043de58f
 @dataclass
 class Wishes:
     "What a person asks of a run."
@@ -288,7 +288,7 @@ class Buttons:
         "Every widget that a person may touch."
         return [self.stop, self.pause, self.case, *self.sliders.values()]
 
-# %% ../nbs/22_monitor.ipynb #bfd3096d
+# %% ../nbs/22_monitor.ipynb #aa086d12
 class TrainingMonitor(Viewer):
     "Watch `fit` or `register` while it runs, pause and stop it, change its weights: give it as `on_step`."
 
@@ -303,15 +303,14 @@ class TrainingMonitor(Viewer):
 
     def __call__(self, step: Step) -> None:
         "Note a step, do as the buttons say, draw if there is time."
-        first = self.live is None
         self.log.note(step.row)
-        if first:
+        if self.live is None:
             self.begin(step)
         self.changes += [f"step {self.log.steps}: {said}" for said in self.wishes.grant(step)]
         over = step.stop or step.done >= 1
         if over or self.budget.allows("look"):
             self.look(step)
-        if first or over or self.budget.allows("curves"):
+        if over or self.budget.allows("curves"):
             self.draw(step, over)
         if over:
             self.wishes.stop = False
@@ -319,14 +318,17 @@ class TrainingMonitor(Viewer):
             listen(self.buttons.all())
 
     def begin(self, step: Step) -> None:
-        "Lay out the picture when the first step has come."
+        "Lay out the picture when the first step has come; what that takes, once, is not counted."
         self.budget, self.began = Budget(self.share), (time.perf_counter(), step.done)
         if self.handle is None:
             display(self)
         if "box" in self.__dict__:
             self.buttons.offer(step)
-        view, _ = step.look(self.case) if step.cases else step.look()
-        self.live = MonitorPicture(view)
+        self.live = MonitorPicture((step.look(self.case) if step.cases else step.look())[0])
+        self.look(step)
+        self.draw(step, False)
+        self.budget = Budget(self.share)
+        self.draw(step, False)
 
     def look(self, step: Step) -> None:
         "See what the case looks like now."

@@ -7,8 +7,10 @@ __all__ = ['STILL', 'OUTLINED', 'KEYS', 'STEPS', 'PLANES', 'person_present', 'Vi
            'vertebra_control', 'ct_controls', 'mr_control', 'window_controls', 'show_controls', 'step_slice',
            'press_key', 'SliceViewer', 'JacobianMap', 'DeformedGrid', 'Quiver', 'Interactive']
 
-# %% ../nbs/21b_viewers.ipynb #9b51dbec
+# %% ../nbs/21b_viewers.ipynb #23979031
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
 from threading import RLock, Timer
@@ -16,16 +18,27 @@ from typing import NamedTuple
 
 import ipywidgets as widgets
 import numpy as np
+from ipyevents import Event
 from IPython import get_ipython
 from IPython.display import Image, display
-from ipyevents import Event
 
 from .pairs import Pair
 from .results import Registration
-from .slices import CT_WINDOWS_HU, SlicePicture, Stack, describe_point, first_look, label_centre, pair_stack, result_stack, showable, usual_outlines
+from spinereg.slices import (
+    CT_WINDOWS_HU,
+    SlicePicture,
+    Stack,
+    describe_point,
+    first_look,
+    label_centre,
+    pair_stack,
+    result_stack,
+    showable,
+    usual_outlines,
+)
 from .viz import AXIAL, CORONAL, SAGITTAL, Picture, Plane
 
-# %% ../nbs/21b_viewers.ipynb #5472c67a
+# %% ../nbs/21b_viewers.ipynb #63c5320c
 STILL = """<style class="spinereg-still">
 .jp-OutputArea-child:has(style.spinereg-still):has(+ * + * .jp-OutputArea-output .jupyter-widgets) + * {display: none}
 .jp-OutputArea-child:has(style.spinereg-still) + * + *:not(:has(.jp-OutputArea-output .jupyter-widgets)) {display: none}
@@ -72,7 +85,7 @@ class Viewer:
         self.waiting.daemon = True
         self.waiting.start()
 
-# %% ../nbs/21b_viewers.ipynb #dfd138c8
+# %% ../nbs/21b_viewers.ipynb #4d24e375
 class Control(NamedTuple):
     "A widget that shows and changes a part of a look."
 
@@ -119,7 +132,7 @@ def vertebra_control(
     menu = widgets.Dropdown(options=[("-", None), *((name, name) for name in stack.names)], description="vertebra", layout={"width": "170px"})
     return Control(menu, under, lambda look, name: look if name is None else replace(look, at=label_centre(stack, name)))
 
-# %% ../nbs/21b_viewers.ipynb #78246a8a
+# %% ../nbs/21b_viewers.ipynb #1cb04c94
 def ct_controls(
     names: tuple[str, ...],  # of the CT images, which share a window
 ) -> list[Control]:  # a menu and a range
@@ -150,7 +163,8 @@ def mr_control(
         low, high = np.percentile(values, percents)
         return replace(look, windows={**look.windows, name: (float(low), float(high))})
 
-    return Control(widgets.FloatRangeSlider(min=0, max=100, step=0.5, description=f"{name} MR %", layout={"width": "320px"}), percents, write)
+    wide = widgets.FloatRangeSlider(min=0, max=100, step=0.5, description=f"{name} MR %", readout_format=".0f", layout={"width": "320px"})
+    return Control(wide, percents, write)
 
 
 def window_controls(
@@ -161,7 +175,7 @@ def window_controls(
     mrs = [mr_control(stack, name) for name in stack.images if stack.modalities[name] == "mr"]
     return mrs + (ct_controls(cts) if cts else [])
 
-# %% ../nbs/21b_viewers.ipynb #68f41f05
+# %% ../nbs/21b_viewers.ipynb #866ebd8a
 OUTLINED = {" and ".join(which) or "none": which for which in ((), ("moved",), ("moving",), ("fixed",), ("moved", "fixed"), ("moving", "fixed"))}
 
 
@@ -177,7 +191,7 @@ def show_controls(
         controls += [_menu("lines", ["none", "grid", "arrows"], "lines"), _slider(scale, "half_range")]
     return controls
 
-# %% ../nbs/21b_viewers.ipynb #7ccdcbe9
+# %% ../nbs/21b_viewers.ipynb #0baba0a4
 KEYS = "wheel, up, down, page up, page down: slice; left, right: fade; 1 to 8: what is shown; n, p: vertebra; o: outlines; c: cross; click: go there"
 STEPS = {"ArrowUp": 1, "ArrowDown": -1, "PageUp": 10, "PageDown": -10}
 
@@ -216,7 +230,7 @@ def press_key(
         return replace(look, outlined=() if look.outlined else usual_outlines(stack))
     return replace(look, crosshair=not look.crosshair) if key == "c" else look
 
-# %% ../nbs/21b_viewers.ipynb #ca4e5352
+# %% ../nbs/21b_viewers.ipynb #47ca7af8
 PLANES = {"all": (SAGITTAL, CORONAL, AXIAL), "sagittal": (SAGITTAL,), "coronal": (CORONAL,), "axial": (AXIAL,)}
 
 
@@ -236,6 +250,7 @@ class SliceViewer(Viewer):
         self.stack = data if isinstance(data, Stack) else pair_stack(data) if isinstance(data, Pair) else result_stack(data)
         self.look = first_look(self.stack, **look)
         self.planes, self.strip, self.plane, self.following = planes, strip, PLANES[planes][0], False
+        self.heard, self.worker = deque(), ThreadPoolExecutor(1)
 
     def picture(self) -> SlicePicture:
         "The whole figure as it is now, with words."
@@ -278,17 +293,28 @@ class SliceViewer(Viewer):
         self.following = False
         self.record_soon()
 
-    def on_event(self, event: dict) -> None:
-        "Wheel, click or key, as `ipyevents` tells them."
+    def after(self, look, event: dict):
+        "The look after a wheel, click or key, as `ipyevents` tells of it."
+        under = self.live.voxel_at(event["dataX"], event["dataY"]) if "dataX" in event else None
+        self.plane = under[0] if under else self.plane
+        if event["type"] == "wheel":
+            return step_slice(self.stack, look, self.plane, -int(np.sign(event["deltaY"])))
+        if event["type"] == "keydown":
+            return press_key(self.stack, look, self.plane, event["key"])
+        return replace(look, at=under[1]) if under else look
+
+    def hear(self, event: dict) -> None:
+        "Take note of an event; draw when the last picture is done, once for all that came meanwhile."
+        self.heard.append(event)
+        self.worker.submit(self.follow)
+
+    def follow(self) -> None:
+        "Show what all events so far have led to."
         with self.lock:
-            under = self.live.voxel_at(event["dataX"], event["dataY"]) if "dataX" in event else None
-            self.plane = under[0] if under else self.plane
-            if event["type"] == "wheel":
-                self.change(step_slice(self.stack, self.look, self.plane, -int(np.sign(event["deltaY"]))))
-            elif event["type"] == "click" and under:
-                self.change(at=under[1])
-            elif event["type"] == "keydown":
-                self.change(press_key(self.stack, self.look, self.plane, event["key"]))
+            look = self.look
+            while self.heard:
+                look = self.after(look, self.heard.popleft())
+            self.change(look)
 
     def on_control(self, control: Control, value) -> None:
         "A person moved a control."
@@ -309,14 +335,14 @@ class SliceViewer(Viewer):
         for control in self.controls:
             control.widget.value = control.read(self.look)
             control.widget.observe(lambda change, control=control: self.on_control(control, change["new"]), "value")
-        Event(source=self.image, watched_events=["wheel", "click", "keydown"], wait=30, prevent_default_action=True).on_dom_event(self.on_event)
+        Event(source=self.image, watched_events=["wheel", "click", "keydown"], prevent_default_action=True).on_dom_event(self.hear)
         shown = [control.widget for control in self.controls]
         flow = widgets.Layout(flex_flow="row wrap")
         rows = [widgets.HBox(part, layout=flow) for part in ([planes, shown[3]], shown[:3], shown[4:])]
         self.refresh()
         return widgets.VBox([*rows, self.image, self.words, widgets.HTML(f"<small>{KEYS}</small>")])
 
-# %% ../nbs/21b_viewers.ipynb #2b0daec1
+# %% ../nbs/21b_viewers.ipynb #8dc54aa3
 class JacobianMap(SliceViewer):
     "Where tissue shrinks or grows; beside it volume change and residual of every vertebra."
 
@@ -337,7 +363,7 @@ class Quiver(SliceViewer):
     def __init__(self, result: Registration | Stack, planes: str = "all", **look):
         super().__init__(result, planes, **{"show": "moved", "lines": "arrows"} | look)
 
-# %% ../nbs/21b_viewers.ipynb #88b4636c
+# %% ../nbs/21b_viewers.ipynb #a26ed692
 class Interactive(Viewer):
     "A picture that follows sliders."
 

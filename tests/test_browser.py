@@ -1,78 +1,19 @@
-"""JupyterLab in headless Chromium without a network: what the user presses reaches the kernel, and what the kernel draws is seen."""
+"""JupyterLab in headless Chromium without a network: viewers answer to sliders, keys, wheel and mouse, Stop stops, pictures stay."""
 
+import json
 import re
+import shutil
 import subprocess
 import sys
 
-import ipykernel
+import nbformat
 import numpy as np
 import pytest
-from browser import pixels
+from browser import ROOT, pixels
 
 expect = pytest.importorskip("playwright.sync_api", reason="playwright is not installed").expect
-NEWER = ipykernel.version_info >= (7, 4)
 
-SLIDER = """
-import io, ipywidgets, numpy
-from PIL import Image
-picture, slider = ipywidgets.Image(), ipywidgets.IntSlider(max=9, description="grey")
-
-def draw(_=None):
-    stream = io.BytesIO()
-    Image.fromarray(numpy.full((100, 200, 3), 25 * slider.value, "uint8")).save(stream, "png")
-    picture.value = stream.getvalue()
-
-slider.observe(draw, "value")
-draw()
-ipywidgets.VBox([picture, slider])
-"""
-
-EVENTS = """
-import io, ipyevents, ipywidgets
-from PIL import Image
-stream = io.BytesIO()
-Image.new("RGB", (200, 100)).save(stream, "png")
-picture, heard = ipywidgets.Image(value=stream.getvalue(), layout={"width": "200px"}), ipywidgets.Label()
-
-def hear(event):
-    heard.value += event["key"] + " " if event["type"] == "keydown" else f"{event['type']}{'+' if event['deltaY'] > 0 else '-'} "
-
-events = ipyevents.Event(source=picture, watched_events=["wheel", "keydown"], prevent_default_action=True)
-events.on_dom_event(hear)
-ipywidgets.VBox([picture, heard])
-"""
-
-LOOP = """
-import threading, time, ipywidgets
-stop, label, heard_at = ipywidgets.Button(description="Stop"), ipywidgets.Label(), []
-stop.on_click(lambda _: heard_at.append(int(label.value)))
-
-def loop():
-    for step in range(300):
-        if heard_at:
-            break
-        label.value = str(step)
-        time.sleep(0.1)
-    label.value = f"{step} {heard_at}"
-
-display(ipywidgets.HBox([stop, label]))
-"""
-
-# three outputs: a style, a still picture, the controls; the style hides the picture while the controls live, and them when they do not
-STILL = '''
-import io, ipywidgets
-from PIL import Image
-stream = io.BytesIO()
-Image.new("RGB", (200, 100), (200, 30, 30)).save(stream, "png")
-style = """<style class="still">
-.jp-OutputArea-child:has(style.still):has(+ * + * .jp-OutputArea-output .jupyter-widgets) + * {display: none}
-.jp-OutputArea-child:has(style.still) + * + *:not(:has(.jp-OutputArea-output .jupyter-widgets)) {display: none}
-</style>"""
-display({"text/html": style, "text/plain": ""}, raw=True)
-display({"image/png": stream.getvalue(), "text/plain": ""}, raw=True)
-display(ipywidgets.IntSlider()._repr_mimebundle_() | {"text/plain": ""}, raw=True)
-'''
-
+SAMPLE = f"files = [f'{ROOT}/data_samples/test/easy_0/{{name}}.nii.gz' for name in ('mr_t1', 'ct', 'ct_mask')]\n"
 STATE = """() => {
     const notebook = window.jupyterapp.shell.currentWidget.content
     const scrolled = document.querySelector('.jp-WindowedPanel-outer').scrollTop
@@ -84,103 +25,200 @@ def jupyter(lab, *command):
     subprocess.run([sys.executable, "-m", *map(str, command)], check=True, capture_output=True, cwd=lab.server.root)
 
 
-def test_slider_moved_by_the_keyboard_redraws_the_picture(lab):
-    lab.write("slider.ipynb", SLIDER)
-    lab.open("slider.ipynb")
-    lab.run_all()
-    picture = lab.outputs(0).locator("img")
-    assert np.all(pixels(picture) == 0)
-    lab.shot("before")
-    shown = picture.get_attribute("src")
-    lab.outputs(0).get_by_role("slider").press("ArrowRight")
-    expect(picture).not_to_have_attribute("src", shown)
-    assert np.all(pixels(picture) == 25)
+def open_tutorial(lab, name):
+    "A tutorial where its relative paths lead to the samples."
+    folder = lab.server.root / "nbs/tutorials"
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(ROOT / f"nbs/tutorials/{name}.ipynb", folder)
+    if not (lab.server.root / "data_samples").exists():
+        (lab.server.root / "data_samples").symlink_to(ROOT / "data_samples")
+    lab.open(f"nbs/tutorials/{name}.ipynb")
 
 
-def test_wheel_and_keys_over_a_picture_reach_the_kernel_only(lab):
-    """The picture neither scrolls the notebook nor lets JupyterLab take a key for one of its shortcuts."""
-    lab.write("events.ipynb", EVENTS, *["1 + 1"] * 30)
-    lab.open("events.ipynb")
-    lab.run_all()
-    picture, heard = lab.outputs(0).locator("img"), lab.outputs(0).locator(".widget-label")
-    keys = ["d", "d", "1", "m", "x", "a", "j", "ArrowDown", "ArrowUp"]  # delete, to heading, to markdown, cut, insert, next cell
-    picture.scroll_into_view_if_needed()
-    picture.hover()
-    before = lab.page.evaluate(STATE)
-    lab.page.mouse.wheel(0, 100)
-    lab.page.mouse.wheel(0, -100)
-    for key in keys:
-        lab.page.keyboard.press(key)
-    expect(heard).to_have_text(" ".join(["wheel+", "wheel-", *keys]))
-    assert lab.page.evaluate(STATE) == before
-    lab.shot("heard")
-    # beside the picture the same is JupyterLab's again
-    lab.page.locator(".jp-Cell .jp-InputPrompt").nth(1).click()
-    lab.page.mouse.wheel(0, 100)
-    lab.page.wait_for_function(f"({STATE})().scrolled !== {before['scrolled']}")
-    lab.page.keyboard.press("d")
-    lab.page.keyboard.press("d")
-    lab.page.wait_for_function(f"({STATE})().cells === {before['cells'] - 1}")
-    expect(heard).to_have_text(" ".join(["wheel+", "wheel-", *keys]))
+def cell_with(name, words):
+    "Number of the first code cell of a tutorial that holds these words."
+    cells = nbformat.read(ROOT / f"nbs/tutorials/{name}.ipynb", 4).cells
+    return next(number for number, cell in enumerate(cells) if cell.cell_type == "code" and words in cell.source)
 
 
-@pytest.mark.parametrize(
-    "start",
-    [
-        pytest.param("loop()", id="main", marks=pytest.mark.skipif(NEWER, reason="ipykernel 7.4 hears a press when the cell has ended")),
-        pytest.param("threading.Thread(target=loop).start()", id="thread"),
-    ],
+class Live:
+    "A live viewer below a cell."
+
+    def __init__(self, lab, cell):
+        self.page, self.outputs = lab.page, lab.outputs(cell)
+        self.picture = self.outputs.locator("img.widget-image")
+        self.outputs.scroll_into_view_if_needed()
+        expect(self.picture).to_be_visible()
+
+    def changes(self, act):
+        "What the picture shows after something was done to it; it must be something else."
+        before, shown = pixels(self.picture), self.picture.get_attribute("src")
+        act()
+        expect(self.picture).not_to_have_attribute("src", shown)
+        after = pixels(self.picture)
+        assert before.shape != after.shape or (before != after).any()
+        return before, after
+
+    def slider(self, name):
+        return self.outputs.locator(".widget-hslider").filter(has=self.page.get_by_text(name, exact=True)).get_by_role("slider").first
+
+    def menu(self, name):
+        return self.outputs.locator(".widget-dropdown").filter(has=self.page.get_by_text(name, exact=True)).locator("select")
+
+
+def test_the_quickstart_runs_and_its_viewers_answer(lab):
+    """Run All; then wheel, keys, click, slider and menu each change the picture or the words, and JupyterLab keeps out of it."""
+    open_tutorial(lab, "quickstart")
+    lab.run_all(300)
+    page, live = lab.page, Live(lab, cell_with("quickstart", "SliceViewer(result"))
+    words = live.outputs.locator(".widget-html pre").first
+    box = live.picture.bounding_box()
+    page.mouse.move(box["x"] + 0.2 * box["width"], box["y"] + 0.5 * box["height"])
+    before = page.evaluate(STATE)
+    live.changes(lambda: page.mouse.wheel(0, 100))
+    for key in ("ArrowDown", "PageUp", "4", "ArrowLeft", "o", "c", "3"):
+        live.changes(lambda key=key: page.keyboard.press(key))
+    for key in ("d", "d", "m", "x", "a", "d", "d"):  # JupyterLab: delete the cell, to markdown, cut, insert above
+        page.keyboard.press(key)
+    said = words.inner_text()
+    live.changes(lambda: page.mouse.click(box["x"] + 0.25 * box["width"], box["y"] + 0.3 * box["height"]))
+    assert words.inner_text() != said and page.evaluate(STATE) == before
+    live.changes(lambda: live.menu("vertebra").select_option("L3"))
+    expect(words).to_contain_text("L3: moved")
+    lab.shot("slices")
+    live.changes(lambda: live.menu("show").select_option("blend"))
+    live.changes(lambda: live.slider("fade").press("ArrowRight"))
+    live.changes(lambda: live.menu("CT window").select_option("soft tissue"))
+    live.changes(lambda: live.outputs.get_by_role("button", name="axial").click())
+    jacobian = Live(lab, cell_with("quickstart", "JacobianMap("))
+    jacobian.changes(lambda: jacobian.slider("left - right").press("ArrowRight"))
+    lab.shot("jacobian")
+
+
+def test_the_rigidity_tutorial_bends_a_vertebra(lab):
+    open_tutorial(lab, "rigidity")
+    lab.run_all(120)
+    live = Live(lab, cell_with("rigidity", "Interactive("))
+    live.changes(lambda: live.slider("bend mm").press("PageUp"))
+    live.changes(lambda: live.slider("turn deg").press("PageDown"))
+    lab.shot("bent")
+
+
+RUN = (
+    SAMPLE
+    + """
+import json
+from concurrent.futures import ThreadPoolExecutor
+import ipywidgets, spinereg
+from spinereg.monitor import TrainingMonitor
+
+monitor, number, heard = TrainingMonitor(), ipywidgets.Label(), []
+display(number, monitor)
+monitor.buttons.stop.on_click(lambda _: heard.append(monitor.log.steps))
+
+def watch(step):
+    monitor(step)
+    number.value = str(monitor.log.steps)
+
+def run():
+    result = spinereg.register(*files, spacing_mm=3.0, levels=(1,), steps=(2000,), on_step=watch)
+    number.value = json.dumps([heard[0], len(result.history), result.metrics["run"]["weights_changed"]])
+
+"""
 )
-def test_stop_ends_a_loop_within_one_step(lab, start):
-    """A press on Stop is heard while the loop runs, in the cell itself and in a thread that outlives its cell."""
-    lab.write("stop.ipynb", LOOP + start)
+
+
+@pytest.mark.parametrize("start", ["run()", "ThreadPoolExecutor(1).submit(run);"], ids=["main", "thread"])
+def test_d3_a_running_registration_hears_stop_pause_and_weights(lab, start):
+    """D3: in the cell itself and in a background thread; Stop takes effect within a step, a weight from the next one on."""
+    lab.write("stop.ipynb", RUN + start)
     lab.open("stop.ipynb")
     lab.start_all()
-    label = lab.outputs(0).locator(".widget-label")
-    expect(label).to_have_text(re.compile(r"^[1-9]\d*$"))
-    pressed_at = int(label.inner_text())
-    lab.outputs(0).get_by_role("button", name="Stop").click()
-    expect(label).to_have_text(re.compile(r"\["))
-    ended_at, heard_at = map(int, re.findall(r"\d+", label.inner_text()))
-    assert pressed_at <= heard_at <= ended_at <= heard_at + 1
+    outputs = lab.outputs(0)
+    number, live = outputs.locator(".widget-label").filter(has_text=re.compile(r"^[\d\[]")).last, outputs.locator("img.widget-image")
+    expect(number).to_have_text(re.compile(r"^\d+$"), timeout=120_000)
+    shown = live.get_attribute("src")
+    expect(live).not_to_have_attribute("src", shown)
+    outputs.locator(".widget-hslider").filter(has=lab.page.get_by_text("diffusion", exact=True)).get_by_role("slider").press("ArrowLeft")
+    pause = outputs.get_by_role("button", name="Pause")
+    pause.click()
+    lab.page.wait_for_timeout(1000)
+    held = number.inner_text()
+    lab.page.wait_for_timeout(1000)
+    assert number.inner_text() == held, "paused"
+    lab.shot("paused")
+    pause.click()
+    expect(number).not_to_have_text(held)
+    outputs.get_by_role("button", name="Stop").click()
+    expect(number).to_have_text(re.compile(r"^\["), timeout=60_000)
+    heard, ended, changes = json.loads(number.inner_text())
+    assert heard <= ended <= heard + 1
+    assert [change["term"] for change in changes] == ["diffusion"] and changes[0]["after"] < changes[0]["before"]
     lab.wait()
+    lab.shot("stopped")
 
 
-def check_still(outputs):
-    "Only the picture is seen: no control, no message in place of one."
-    expect(outputs.locator("img")).to_be_visible()
-    assert pixels(outputs.locator("img")).shape == (100, 200, 3)
-    expect(outputs.get_by_role("slider")).to_have_count(0)
+EVERY = [
+    SAMPLE
+    + """
+import spinereg
+from spinereg.monitor import TrainingMonitor
+from spinereg.view3d import view3d
+from spinereg.viewers import DeformedGrid, Interactive, JacobianMap, Quiver, SliceViewer
+from spinereg.viz import Picture
+""",
+    "result = spinereg.register(*files, spacing_mm=4.0, levels=(1,), steps=(10,), on_step=TrainingMonitor())",
+    "SliceViewer(result, 'sagittal')",
+    "JacobianMap(result)",
+    "DeformedGrid(result, 'sagittal')",
+    "Quiver(result, 'sagittal')",
+    "view3d(result)",
+    "view3d(result, engine='itkwidgets')",
+    "Interactive(lambda width: Picture(figsize=(width, 1)), width=(1, 3, 2))",
+]
+
+
+def check_still(lab, cell):
+    "Below this cell a picture is seen, and no control, no message in place of one."
+    outputs = lab.outputs(cell)
+    outputs.scroll_into_view_if_needed()
+    expect(outputs.locator("img").filter(visible=True)).to_have_count(1)
+    assert len(np.unique(pixels(outputs.locator("img").filter(visible=True)))) > 1 or cell == len(EVERY) - 1
+    expect(outputs.get_by_role("slider").filter(visible=True)).to_have_count(0)
     expect(outputs.get_by_text(re.compile("widget", re.I)).filter(visible=True)).to_have_count(0)
 
 
-def test_saved_notebook_reopens_with_its_picture(lab):
-    """Saved, kernel ended, opened again: the picture in place of `Error displaying widget`, with a new kernel and without one."""
-    lab.write("still.ipynb", STILL)
-    lab.open("still.ipynb")
-    lab.run_all()
-    expect(lab.outputs(0).get_by_role("slider")).to_be_visible()
-    expect(lab.outputs(0).locator("img")).to_be_hidden()
+def test_d1_d2_every_viewer_works_offline_and_leaves_its_picture(lab):
+    """D1, D2: live without a network; saved, kernel ended, reopened: the picture of each, and no `Error displaying widget`."""
+    lab.write("every.ipynb", *EVERY)
+    lab.open("every.ipynb")
+    lab.run_all(120)
+    for cell in range(1, len(EVERY)):
+        outputs = lab.outputs(cell)
+        outputs.scroll_into_view_if_needed()
+        expect(outputs.locator(".jupyter-widgets").filter(visible=True).first).to_be_visible()
+        expect(outputs.locator(".jp-RenderedImage").filter(visible=True)).to_have_count(0)
+        lab.shot(f"cell-{cell}")
     lab.save()
     lab.close()
-    lab.open("still.ipynb")
-    expect(lab.outputs(0)).to_contain_text("Error displaying widget")
-    check_still(lab.outputs(0))
-    lab.close()
-    lab.open_without_kernel("still.ipynb")
-    check_still(lab.outputs(0))
+    lab.open_without_kernel("every.ipynb")
+    for cell in range(1, len(EVERY)):
+        check_still(lab, cell)
+    lab.shot("reopened")
 
 
-def test_executed_notebook_shows_its_picture_in_jupyterlab_and_as_a_page(lab):
-    """Executed by papermill: JupyterLab without a kernel shows the picture, and so does the page that nbconvert makes of it."""
-    path = lab.write("batch.ipynb", STILL)
+def test_d1_what_papermill_and_nbconvert_leave_is_seen(lab):
+    """D1: executed by papermill, opened without a kernel, and made a page by nbconvert."""
+    path = lab.write("batch.ipynb", *EVERY)
     jupyter(lab, "papermill", path, path)
     jupyter(lab, "nbconvert", "--to", "html", path)
     lab.open_without_kernel(path.name)
-    check_still(lab.outputs(0))
-    lab.shot("jupyterlab")
+    for cell in range(1, len(EVERY)):
+        check_still(lab, cell)
     lab.page.goto(path.with_suffix(".html").as_uri())
-    check_still(lab.page.locator(".jp-Cell-outputArea").first)
+    expect(lab.page.locator(".jp-Cell-outputArea img").filter(visible=True)).to_have_count(len(EVERY) - 1)
+    expect(lab.page.get_by_text("Error displaying widget").filter(visible=True)).to_have_count(0)
+    lab.shot("page")
     assert all("cdnjs" in url or "unpkg" in url for url in lab.tried)  # what nbconvert's own template asks for
     lab.tried.clear()
 

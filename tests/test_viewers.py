@@ -148,22 +148,37 @@ def test_every_control_changes_the_picture_and_follows_the_program(viewer):
     assert control(viewer, "fade").value == 0.25 and control(viewer, "show").value == "blend"
 
 
+def do(viewer, **event):
+    "Let a viewer hear of an event, and wait until it has followed."
+    viewer.hear(event)
+    viewer.worker.submit(lambda: None).result()
+
+
 def test_wheel_click_and_keys(viewer):
     picture, start = viewer.live, viewer.look.at
     box = picture.panels[1].ax.bbox
     place = {"dataX": box.x0 + 0.25 * box.width, "dataY": picture.bbox.height - (box.y0 + 0.75 * box.height)}
-    viewer.on_event({"type": "wheel", "deltaY": -120.0} | place)
+    do(viewer, type="wheel", deltaY=-120.0, **place)
     assert viewer.look.at == (start[0], start[1] + 1, start[2]), "the wheel moves the plane under the mouse"
-    viewer.on_event({"type": "click"} | place)
+    do(viewer, type="click", **place)
     i, _, k = viewer.look.at
     assert np.allclose([i, k], 0.75 * np.array(viewer.stack.grid.shape)[[0, 2]], atol=1), "the patient's right is on the left"
     changes = {"4": ("show", "colours"), "o": ("outlined", ()), "c": ("crosshair", False), "n": ("at", label_centre(viewer.stack, "L1"))}
     for key, (name, value) in changes.items():
-        viewer.on_event({"type": "keydown", "key": key})
+        do(viewer, type="keydown", key=key)
         assert getattr(viewer.look, name) == value
     for key in itertools.chain(["PageUp"] * 40, ["ArrowUp"] * 3, ["x", "Shift", "9"]):
-        viewer.on_event({"type": "keydown", "key": key})
+        do(viewer, type="keydown", key=key)
     assert viewer.look.at[1] == viewer.stack.grid.shape[1] - 1
+
+
+def test_a_burst_of_events_is_followed_to_its_end(viewer):
+    """None is lost, although not every one is drawn."""
+    viewer.change(at=(5, 5, 5))
+    for _ in range(50):
+        viewer.hear({"type": "keydown", "key": "ArrowUp"})
+    viewer.worker.submit(lambda: None).result()
+    assert viewer.look.at[0] == min(55, viewer.stack.grid.shape[0] - 1) and control(viewer, "left - right").value == viewer.look.at[0]
 
 
 def test_planes_can_be_changed_and_the_live_picture_is_the_recorded_one(viewer):
