@@ -7,7 +7,7 @@ __all__ = ['VIEWS', 'ITK_VIEWER', 'ITK_VIEWER_SHA512', 'ITK_FRAME', 'camera', 's
            'draw_bones', 'nifti_bytes', 'label_colours', 'niivue_widget', 'install_itk_viewer', 'itk_image',
            'itk_widget', 'has_itk_viewer', 'choose_viewer', 'draw_middle', 'View3D', 'view3d']
 
-# %% ../nbs/21c_view3d.ipynb #32277a55
+# %% ../nbs/21c_view3d.ipynb #e7c30755
 import base64
 import hashlib
 import os
@@ -44,7 +44,7 @@ from .transforms import FLIP
 from .viewers import Viewer
 from .viz import AXIAL, COLOURS, CORONAL, SAGITTAL, Picture, show_slice
 
-# %% ../nbs/21c_view3d.ipynb #ffc14b2b
+# %% ../nbs/21c_view3d.ipynb #86f43615
 def camera(
     azimuth_deg: float,  # 0 from the front, 90 from the patient's left, 180 from behind
     elevation_deg: float = 0.0,  # 90 from above
@@ -54,7 +54,7 @@ def camera(
     into, up = np.array([np.sin(a), -np.cos(a), 0]), np.array([0, 0, 1.0])
     return np.stack([np.cross(into, up), np.cos(e) * up + np.sin(e) * into, np.cos(e) * into - np.sin(e) * up], 1)
 
-# %% ../nbs/21c_view3d.ipynb #54dd31de
+# %% ../nbs/21c_view3d.ipynb #f9576bbb
 def sight_grid(
     box: Grid,  # what is to be seen
     axes: np.ndarray,  # (3, 3) of a camera
@@ -69,7 +69,7 @@ def sight_grid(
     affine[:3, 3] = axes @ (low + spacing / 2)
     return Grid(tuple(int(n) for n in np.ceil(size / spacing)), affine)
 
-# %% ../nbs/21c_view3d.ipynb #840c1c9d
+# %% ../nbs/21c_view3d.ipynb #04e92e5e
 def first_hit(
     occupancy: Float[Tensor, "x y d"],  # 0 to 1, rays along the last axis
 ) -> Float[Tensor, "x y"]:  # voxels from the first sample of the ray; NaN where it meets nothing
@@ -80,7 +80,7 @@ def first_hit(
     depth = n - 1 + ((0.5 - before) / (after - before)).clamp(0, 1)
     return torch.where(solid.any(-1), depth[..., 0], torch.nan)
 
-# %% ../nbs/21c_view3d.ipynb #1df97c1a
+# %% ../nbs/21c_view3d.ipynb #87dff990
 class Sight(NamedTuple):
     "What one camera sees of the labels."
 
@@ -111,7 +111,7 @@ def look(
     label = sample_index(near[None, None], behind[None], "nearest", "zeros")[0, 0]
     return Sight(depth * float(rays.spacing_mm[2]), torch.where(depth.isnan(), 0, label).int(), rays)
 
-# %% ../nbs/21c_view3d.ipynb #3c99c22c
+# %% ../nbs/21c_view3d.ipynb #953f470b
 def paint(
     sight: Sight,
     ambient: float = 0.25,  # share of the colour that needs no lamp
@@ -125,8 +125,8 @@ def paint(
     shaded = colours * (ambient + (1 - ambient) * light) + 0.15 * light**12
     return torch.where(sight.label[..., None] > 0, shaded, 1.0).clamp(0, 1)
 
-# %% ../nbs/21c_view3d.ipynb #4f7d043d
-VIEWS = {"front": camera(0), "left": camera(90), "back": camera(180)}
+# %% ../nbs/21c_view3d.ipynb #5505d7ac
+VIEWS = {"front": 0.0, "left": 90.0, "back": 180.0}  # azimuth, degrees
 
 
 def draw_bones(
@@ -138,7 +138,7 @@ def draw_bones(
     "The surfaces of all labels from the front, the left and the back."
     if not (labels > 0).any():
         raise ValueError("draw_bones: no voxel has a label, so there is no surface to draw; give a label map with values from 1 up")
-    sights = {name: look(labels, grid, axes) for name, axes in VIEWS.items()}
+    sights = {name: look(labels, grid, camera(azimuth)) for name, azimuth in VIEWS.items()}
     width, height = np.array([sight.grid.size_mm[:2] for sight in sights.values()]).T
     centres = torch.from_numpy(label_centres_mm(labels, grid, int(labels.max())))
     fig = Picture(figsize=(5 * width.sum() / height.max(), 5.3), layout="constrained")
@@ -154,7 +154,7 @@ def draw_bones(
     fig.suptitle(title)
     return fig
 
-# %% ../nbs/21c_view3d.ipynb #74c518ae
+# %% ../nbs/21c_view3d.ipynb #0efcd1eb
 def nifti_bytes(
     volume: Tensor,  # (i, j, k)
     grid: Grid,
@@ -171,7 +171,7 @@ def label_colours(
     channels = {channel: values.round().tolist() for channel, values in zip("RGBA", colours.T)}
     return channels | {"I": [float(k) for k in range(len(names) + 1)], "labels": ["", *names]}
 
-# %% ../nbs/21c_view3d.ipynb #83a177eb
+# %% ../nbs/21c_view3d.ipynb #720d02bc
 def niivue_widget(
     image: Float[Tensor, "i j k"],
     labels: Int[Tensor, "i j k"] | None,
@@ -192,7 +192,7 @@ def niivue_widget(
     legend = HTML(" &nbsp; ".join(f'<b style="color: {COLOURS[k % len(COLOURS)]}">{name}</b>' for k, name in enumerate(names, 1)))
     return VBox([legend, viewer])
 
-# %% ../nbs/21c_view3d.ipynb #7a0276b3
+# %% ../nbs/21c_view3d.ipynb #811f19d2
 ITK_VIEWER = "https://registry.npmjs.org/itk-vtk-viewer/-/itk-vtk-viewer-14.51.0.tgz"  # 36 MB
 ITK_VIEWER_SHA512 = "i1H0PfekLdCfL45lZ96aWCoh4thzxeexiGJ3NYC9euF1WefXW0P1JijBLIJfrDBvp5fhjncj/EEnIW1auBh+zw=="
 
@@ -217,7 +217,7 @@ def install_itk_viewer(
         os.replace(Path(aside, "new"), folder)
     return folder
 
-# %% ../nbs/21c_view3d.ipynb #58d0b4e8
+# %% ../nbs/21c_view3d.ipynb #7fb4f9c8
 def itk_image(
     volume: Tensor,  # (i, j, k), float32 or uint8
     grid: Grid,
@@ -236,7 +236,7 @@ def itk_image(
         "bytes": data.tobytes(order="F"),
     }
 
-# %% ../nbs/21c_view3d.ipynb #b8f2df40
+# %% ../nbs/21c_view3d.ipynb #1b1dbb75
 ITK_FRAME = """
 async function show({ model, el }) {
   const about = JSON.parse(document.getElementById("jupyter-config-data").textContent);
@@ -264,7 +264,7 @@ async function render({ model, el }) {
 export default { render };
 """
 
-# %% ../nbs/21c_view3d.ipynb #8ac0648d
+# %% ../nbs/21c_view3d.ipynb #44924140
 def itk_widget(
     image: Float[Tensor, "i j k"],
     labels: Int[Tensor, "i j k"] | None,
@@ -290,7 +290,7 @@ def itk_widget(
     box = VBox([viewer])
     return box
 
-# %% ../nbs/21c_view3d.ipynb #384ae441
+# %% ../nbs/21c_view3d.ipynb #fc66d9f7
 def has_itk_viewer() -> bool:
     "Whether a folder that JupyterLab serves holds itk-vtk-viewer."
     return any((Path(folder) / "itk-vtk-viewer" / "itkVtkViewer.js").exists() for folder in jupyter_path("labextensions"))
@@ -301,15 +301,15 @@ def choose_viewer(
 ) -> tuple[str | None, str]:  # the engine to take, None when there is no viewer at all; what to tell the person
     "Check at once what is installed."
     if find_spec("ipyniivue") is None:
-        return None, "view3d: no 3-D viewer is installed, so here is a picture; to turn it, run pip install 'spinereg[viewers]' and restart the kernel"
+        return None, "view3d: no 3-D viewer is installed, so here is a picture; to turn it, run pip install 'spinereg[viewers]', then restart"
     if engine == "itkwidgets" and not has_itk_viewer():
         return "niivue", (
-            "view3d: the viewer of itkwidgets is not installed, and itkwidgets would take it from the internet, so here is the default viewer; run "
-            "spinereg.view3d.install_itk_viewer() once (36 MB; where there is no network, give it the file) and reload the page"
+            "view3d: the viewer of itkwidgets is not installed, and itkwidgets would take it from the internet, so here is the default viewer; "
+            "run spinereg.view3d.install_itk_viewer() once (36 MB; where there is no network, give it the file), then reload the page"
         )
     return engine, ""
 
-# %% ../nbs/21c_view3d.ipynb #af0461bd
+# %% ../nbs/21c_view3d.ipynb #e655368b
 def draw_middle(
     image: Float[Tensor, "i j k"],
     grid: Grid,
@@ -322,7 +322,7 @@ def draw_middle(
     fig.suptitle(title)
     return fig
 
-# %% ../nbs/21c_view3d.ipynb #8f30300e
+# %% ../nbs/21c_view3d.ipynb #f835cb12
 class View3D(Viewer):
     "A volume with its labels to turn and cut."
 
@@ -354,7 +354,7 @@ class View3D(Viewer):
         makers = {None: lambda *_: Image(value=self.png()), "niivue": niivue_widget, "itkwidgets": itk_widget}
         return VBox([HTML(escape(words)), makers[engine](self.image, self.labels, self.grid, self.names)])
 
-# %% ../nbs/21c_view3d.ipynb #80737797
+# %% ../nbs/21c_view3d.ipynb #eddb0dd9
 def view3d(
     data: Registration | Pair | Stack,
     image: str = "fixed",  # "fixed", "moving" or, after a registration, "moved"
@@ -364,7 +364,8 @@ def view3d(
     "A volume with its labels to turn and cut in JupyterLab; a picture of the bones everywhere else."
     stack = data if isinstance(data, Stack) else pair_stack(data) if isinstance(data, Pair) else result_stack(data)
     labels = labels or next((name for name in ("moved", "moving", "fixed") if name in stack.labels), None)
-    for word, value, known in (("image", image, stack.images), ("labels", labels, [*stack.labels, None]), ("engine", engine, ("niivue", "itkwidgets"))):
-        if value not in known:
-            raise ValueError(f"view3d: {word}={value!r}: expected one of {', '.join(map(str, known))}")
+    choices = {"image": [*stack.images], "labels": [*stack.labels, None], "engine": ["niivue", "itkwidgets"]}
+    for word, value in (("image", image), ("labels", labels), ("engine", engine)):
+        if value not in choices[word]:
+            raise ValueError(f"view3d: {word}={value!r}: expected one of {', '.join(map(str, choices[word]))}")
     return View3D(stack, image, labels, engine)
