@@ -7,7 +7,7 @@ __all__ = ['VIEWS', 'ITK_VIEWER', 'ITK_VIEWER_SHA512', 'ITK_FRAME', 'camera', 's
            'draw_bones', 'nifti_bytes', 'label_colours', 'niivue_widget', 'install_itk_viewer', 'itk_image',
            'itk_widget', 'has_itk_viewer', 'choose_viewer', 'draw_middle', 'View3D', 'view3d']
 
-# %% ../nbs/21c_view3d.ipynb #e7c30755
+# %% ../nbs/21c_view3d.ipynb #5c97849c
 import base64
 import hashlib
 import os
@@ -44,7 +44,7 @@ from .transforms import FLIP
 from .viewers import Viewer
 from .viz import AXIAL, COLOURS, CORONAL, SAGITTAL, Picture, show_slice
 
-# %% ../nbs/21c_view3d.ipynb #86f43615
+# %% ../nbs/21c_view3d.ipynb #1d1633da
 def camera(
     azimuth_deg: float,  # 0 from the front, 90 from the patient's left, 180 from behind
     elevation_deg: float = 0.0,  # 90 from above
@@ -54,7 +54,7 @@ def camera(
     into, up = np.array([np.sin(a), -np.cos(a), 0]), np.array([0, 0, 1.0])
     return np.stack([np.cross(into, up), np.cos(e) * up + np.sin(e) * into, np.cos(e) * into - np.sin(e) * up], 1)
 
-# %% ../nbs/21c_view3d.ipynb #f9576bbb
+# %% ../nbs/21c_view3d.ipynb #d6a2c475
 def sight_grid(
     box: Grid,  # what is to be seen
     axes: np.ndarray,  # (3, 3) of a camera
@@ -69,7 +69,7 @@ def sight_grid(
     affine[:3, 3] = axes @ (low + spacing / 2)
     return Grid(tuple(int(n) for n in np.ceil(size / spacing)), affine)
 
-# %% ../nbs/21c_view3d.ipynb #04e92e5e
+# %% ../nbs/21c_view3d.ipynb #211e010c
 def first_hit(
     occupancy: Float[Tensor, "x y d"],  # 0 to 1, rays along the last axis
 ) -> Float[Tensor, "x y"]:  # voxels from the first sample of the ray; NaN where it meets nothing
@@ -80,7 +80,7 @@ def first_hit(
     depth = n - 1 + ((0.5 - before) / (after - before)).clamp(0, 1)
     return torch.where(solid.any(-1), depth[..., 0], torch.nan)
 
-# %% ../nbs/21c_view3d.ipynb #87dff990
+# %% ../nbs/21c_view3d.ipynb #561d8b4a
 class Sight(NamedTuple):
     "What one camera sees of the labels."
 
@@ -111,7 +111,7 @@ def look(
     label = sample_index(near[None, None], behind[None], "nearest", "zeros")[0, 0]
     return Sight(depth * float(rays.spacing_mm[2]), torch.where(depth.isnan(), 0, label).int(), rays)
 
-# %% ../nbs/21c_view3d.ipynb #953f470b
+# %% ../nbs/21c_view3d.ipynb #4ef718b8
 def paint(
     sight: Sight,
     ambient: float = 0.25,  # share of the colour that needs no lamp
@@ -125,7 +125,7 @@ def paint(
     shaded = colours * (ambient + (1 - ambient) * light) + 0.15 * light**12
     return torch.where(sight.label[..., None] > 0, shaded, 1.0).clamp(0, 1)
 
-# %% ../nbs/21c_view3d.ipynb #5505d7ac
+# %% ../nbs/21c_view3d.ipynb #ea93e5c4
 VIEWS = {"front": 0.0, "left": 90.0, "back": 180.0}  # azimuth, degrees
 
 
@@ -141,7 +141,7 @@ def draw_bones(
     sights = {name: look(labels, grid, camera(azimuth)) for name, azimuth in VIEWS.items()}
     width, height = np.array([sight.grid.size_mm[:2] for sight in sights.values()]).T
     centres = torch.from_numpy(label_centres_mm(labels, grid, int(labels.max())))
-    fig = Picture(figsize=(5 * width.sum() / height.max(), 5.3), layout="constrained")
+    fig = Picture(figsize=(3.9 * width.sum() / height.max(), 4.2), layout="constrained")
     for ax, (name, sight) in zip(fig.subplots(1, 3, width_ratios=width), sights.items()):
         spacing, (w, h) = sight.grid.spacing_mm[0], sight.grid.size_mm[:2]
         ax.imshow(paint(sight).transpose(0, 1).numpy(), origin="lower", extent=(0, w, 0, h), interpolation="bilinear")
@@ -154,7 +154,7 @@ def draw_bones(
     fig.suptitle(title)
     return fig
 
-# %% ../nbs/21c_view3d.ipynb #0efcd1eb
+# %% ../nbs/21c_view3d.ipynb #d44c0797
 def nifti_bytes(
     volume: Tensor,  # (i, j, k)
     grid: Grid,
@@ -171,7 +171,7 @@ def label_colours(
     channels = {channel: values.round().tolist() for channel, values in zip("RGBA", colours.T)}
     return channels | {"I": [float(k) for k in range(len(names) + 1)], "labels": ["", *names]}
 
-# %% ../nbs/21c_view3d.ipynb #720d02bc
+# %% ../nbs/21c_view3d.ipynb #2311b253
 def niivue_widget(
     image: Float[Tensor, "i j k"],
     labels: Int[Tensor, "i j k"] | None,
@@ -192,7 +192,7 @@ def niivue_widget(
     legend = HTML(" &nbsp; ".join(f'<b style="color: {COLOURS[k % len(COLOURS)]}">{name}</b>' for k, name in enumerate(names, 1)))
     return VBox([legend, viewer])
 
-# %% ../nbs/21c_view3d.ipynb #811f19d2
+# %% ../nbs/21c_view3d.ipynb #37fcb9fa
 ITK_VIEWER = "https://registry.npmjs.org/itk-vtk-viewer/-/itk-vtk-viewer-14.51.0.tgz"  # 36 MB
 ITK_VIEWER_SHA512 = "i1H0PfekLdCfL45lZ96aWCoh4thzxeexiGJ3NYC9euF1WefXW0P1JijBLIJfrDBvp5fhjncj/EEnIW1auBh+zw=="
 
@@ -217,7 +217,7 @@ def install_itk_viewer(
         os.replace(Path(aside, "new"), folder)
     return folder
 
-# %% ../nbs/21c_view3d.ipynb #7fb4f9c8
+# %% ../nbs/21c_view3d.ipynb #9be11c40
 def itk_image(
     volume: Tensor,  # (i, j, k), float32 or uint8
     grid: Grid,
@@ -236,7 +236,7 @@ def itk_image(
         "bytes": data.tobytes(order="F"),
     }
 
-# %% ../nbs/21c_view3d.ipynb #1b1dbb75
+# %% ../nbs/21c_view3d.ipynb #ed34b65b
 ITK_FRAME = """
 async function show({ model, el }) {
   const about = JSON.parse(document.getElementById("jupyter-config-data").textContent);
@@ -264,7 +264,7 @@ async function render({ model, el }) {
 export default { render };
 """
 
-# %% ../nbs/21c_view3d.ipynb #44924140
+# %% ../nbs/21c_view3d.ipynb #71b19b73
 def itk_widget(
     image: Float[Tensor, "i j k"],
     labels: Int[Tensor, "i j k"] | None,
@@ -290,7 +290,7 @@ def itk_widget(
     box = VBox([viewer])
     return box
 
-# %% ../nbs/21c_view3d.ipynb #fc66d9f7
+# %% ../nbs/21c_view3d.ipynb #9f722eab
 def has_itk_viewer() -> bool:
     "Whether a folder that JupyterLab serves holds itk-vtk-viewer."
     return any((Path(folder) / "itk-vtk-viewer" / "itkVtkViewer.js").exists() for folder in jupyter_path("labextensions"))
@@ -309,7 +309,7 @@ def choose_viewer(
         )
     return engine, ""
 
-# %% ../nbs/21c_view3d.ipynb #e655368b
+# %% ../nbs/21c_view3d.ipynb #d36030b8
 def draw_middle(
     image: Float[Tensor, "i j k"],
     grid: Grid,
@@ -322,7 +322,7 @@ def draw_middle(
     fig.suptitle(title)
     return fig
 
-# %% ../nbs/21c_view3d.ipynb #f835cb12
+# %% ../nbs/21c_view3d.ipynb #756cbee7
 class View3D(Viewer):
     "A volume with its labels to turn and cut."
 
@@ -354,7 +354,7 @@ class View3D(Viewer):
         makers = {None: lambda *_: Image(value=self.png()), "niivue": niivue_widget, "itkwidgets": itk_widget}
         return VBox([HTML(escape(words)), makers[engine](self.image, self.labels, self.grid, self.names)])
 
-# %% ../nbs/21c_view3d.ipynb #eddb0dd9
+# %% ../nbs/21c_view3d.ipynb #7c3f6a89
 def view3d(
     data: Registration | Pair | Stack,
     image: str = "fixed",  # "fixed", "moving" or, after a registration, "moved"
