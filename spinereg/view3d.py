@@ -7,7 +7,7 @@ __all__ = ['VIEWS', 'ITK_VIEWER', 'ITK_VIEWER_SHA512', 'ITK_FRAME', 'camera', 's
            'draw_bones', 'nifti_bytes', 'label_colours', 'niivue_widget', 'install_itk_viewer', 'itk_image',
            'itk_widget', 'has_itk_viewer', 'choose_viewer', 'draw_middle', 'View3D', 'view3d']
 
-# %% ../nbs/21c_view3d.ipynb #5c97849c
+# %% ../nbs/21c_view3d.ipynb #be69fa28
 import base64
 import hashlib
 import os
@@ -44,7 +44,7 @@ from .transforms import FLIP
 from .viewers import Viewer
 from .viz import AXIAL, COLOURS, CORONAL, SAGITTAL, Picture, show_slice
 
-# %% ../nbs/21c_view3d.ipynb #1d1633da
+# %% ../nbs/21c_view3d.ipynb #98217723
 def camera(
     azimuth_deg: float,  # 0 from the front, 90 from the patient's left, 180 from behind
     elevation_deg: float = 0.0,  # 90 from above
@@ -54,7 +54,7 @@ def camera(
     into, up = np.array([np.sin(a), -np.cos(a), 0]), np.array([0, 0, 1.0])
     return np.stack([np.cross(into, up), np.cos(e) * up + np.sin(e) * into, np.cos(e) * into - np.sin(e) * up], 1)
 
-# %% ../nbs/21c_view3d.ipynb #d6a2c475
+# %% ../nbs/21c_view3d.ipynb #0a32e066
 def sight_grid(
     box: Grid,  # what is to be seen
     axes: np.ndarray,  # (3, 3) of a camera
@@ -69,7 +69,7 @@ def sight_grid(
     affine[:3, 3] = axes @ (low + spacing / 2)
     return Grid(tuple(int(n) for n in np.ceil(size / spacing)), affine)
 
-# %% ../nbs/21c_view3d.ipynb #211e010c
+# %% ../nbs/21c_view3d.ipynb #3f0872d9
 def first_hit(
     occupancy: Float[Tensor, "x y d"],  # 0 to 1, rays along the last axis
 ) -> Float[Tensor, "x y"]:  # voxels from the first sample of the ray; NaN where it meets nothing
@@ -80,7 +80,7 @@ def first_hit(
     depth = n - 1 + ((0.5 - before) / (after - before)).clamp(0, 1)
     return torch.where(solid.any(-1), depth[..., 0], torch.nan)
 
-# %% ../nbs/21c_view3d.ipynb #561d8b4a
+# %% ../nbs/21c_view3d.ipynb #668aa2ed
 class Sight(NamedTuple):
     "What one camera sees of the labels."
 
@@ -111,7 +111,7 @@ def look(
     label = sample_index(near[None, None], behind[None], "nearest", "zeros")[0, 0]
     return Sight(depth * float(rays.spacing_mm[2]), torch.where(depth.isnan(), 0, label).int(), rays)
 
-# %% ../nbs/21c_view3d.ipynb #4ef718b8
+# %% ../nbs/21c_view3d.ipynb #51f5087e
 def paint(
     sight: Sight,
     ambient: float = 0.25,  # share of the colour that needs no lamp
@@ -125,7 +125,7 @@ def paint(
     shaded = colours * (ambient + (1 - ambient) * light) + 0.15 * light**12
     return torch.where(sight.label[..., None] > 0, shaded, 1.0).clamp(0, 1)
 
-# %% ../nbs/21c_view3d.ipynb #ea93e5c4
+# %% ../nbs/21c_view3d.ipynb #24db9839
 VIEWS = {"front": 0.0, "left": 90.0, "back": 180.0}  # azimuth, degrees
 
 
@@ -154,7 +154,7 @@ def draw_bones(
     fig.suptitle(title)
     return fig
 
-# %% ../nbs/21c_view3d.ipynb #d44c0797
+# %% ../nbs/21c_view3d.ipynb #c72541b9
 def nifti_bytes(
     volume: Tensor,  # (i, j, k)
     grid: Grid,
@@ -171,7 +171,7 @@ def label_colours(
     channels = {channel: values.round().tolist() for channel, values in zip("RGBA", colours.T)}
     return channels | {"I": [float(k) for k in range(len(names) + 1)], "labels": ["", *names]}
 
-# %% ../nbs/21c_view3d.ipynb #2311b253
+# %% ../nbs/21c_view3d.ipynb #8cf85de8
 def niivue_widget(
     image: Float[Tensor, "i j k"],
     labels: Int[Tensor, "i j k"] | None,
@@ -192,7 +192,7 @@ def niivue_widget(
     legend = HTML(" &nbsp; ".join(f'<b style="color: {COLOURS[k % len(COLOURS)]}">{name}</b>' for k, name in enumerate(names, 1)))
     return VBox([legend, viewer])
 
-# %% ../nbs/21c_view3d.ipynb #37fcb9fa
+# %% ../nbs/21c_view3d.ipynb #ddfd127b
 ITK_VIEWER = "https://registry.npmjs.org/itk-vtk-viewer/-/itk-vtk-viewer-14.51.0.tgz"  # 36 MB
 ITK_VIEWER_SHA512 = "i1H0PfekLdCfL45lZ96aWCoh4thzxeexiGJ3NYC9euF1WefXW0P1JijBLIJfrDBvp5fhjncj/EEnIW1auBh+zw=="
 
@@ -217,7 +217,7 @@ def install_itk_viewer(
         os.replace(Path(aside, "new"), folder)
     return folder
 
-# %% ../nbs/21c_view3d.ipynb #9be11c40
+# %% ../nbs/21c_view3d.ipynb #e2c49364
 def itk_image(
     volume: Tensor,  # (i, j, k), float32 or uint8
     grid: Grid,
@@ -236,18 +236,9 @@ def itk_image(
         "bytes": data.tobytes(order="F"),
     }
 
-# %% ../nbs/21c_view3d.ipynb #ed34b65b
+# %% ../nbs/21c_view3d.ipynb #8fd787ee
 ITK_FRAME = """
-async function show({ model, el }) {
-  const about = JSON.parse(document.getElementById("jupyter-config-data").textContent);
-  const frame = document.createElement("iframe");
-  frame.style = "width: 100%; height: 600px; border: 0";
-  const script = `${about.fullLabextensionsUrl}/itk-vtk-viewer/itkVtkViewer.js`;
-  frame.srcdoc = `<div style="position: absolute; inset: 0"></div><script src="${script}"></script>`;
-  const loaded = new Promise((resolve) => (frame.onload = resolve));
-  el.replaceChildren(frame);
-  await Promise.race([loaded, new Promise((resolve) => setTimeout(resolve, 5000))]);
-  const page = frame.contentWindow;
+async function fill(page, model) {
   if (!page.itkVtkViewer) throw new Error("this JupyterLab does not serve itk-vtk-viewer");
   const image = ({ bytes, ...about }) => {
     const own = page.Uint8Array.from(new Uint8Array(bytes.buffer, bytes.byteOffset, bytes.byteLength));
@@ -258,13 +249,24 @@ async function show({ model, el }) {
   const viewer = await page.itkVtkViewer.createViewer(page.document.querySelector("div"), { image: first, labelImage: second, rotate: false });
   if (second) viewer.setLabelImageLabelNames(new page.Map(model.get("names").map((name, k) => [k + 1, name])));
 }
-async function render({ model, el }) {
-  try { await show({ model, el }); } catch (error) { model.set("failed", String(error)); model.save_changes(); }
+function render({ model, el }) {
+  const { fullLabextensionsUrl } = JSON.parse(document.getElementById("jupyter-config-data")?.textContent ?? "{}");
+  const frame = document.createElement("iframe");
+  const fail = (why) => { model.set("failed", String(why)); model.save_changes(); };
+  const late = setTimeout(() => fail("no answer within 5 seconds"), 5000);
+  frame.onload = () => {
+    clearTimeout(late);
+    const page = frame.contentWindow;
+    fill(page, model).catch((error) => page === frame.contentWindow && fail(error));
+  };
+  frame.style = "width: 100%; height: 600px; border: 0";
+  frame.srcdoc = `<div style="position: absolute; inset: 0"></div><script src="${fullLabextensionsUrl}/itk-vtk-viewer/itkVtkViewer.js"></script>`;
+  el.replaceChildren(frame);
 }
 export default { render };
 """
 
-# %% ../nbs/21c_view3d.ipynb #71b19b73
+# %% ../nbs/21c_view3d.ipynb #f97d8d6f
 def itk_widget(
     image: Float[Tensor, "i j k"],
     labels: Int[Tensor, "i j k"] | None,
@@ -290,7 +292,7 @@ def itk_widget(
     box = VBox([viewer])
     return box
 
-# %% ../nbs/21c_view3d.ipynb #9f722eab
+# %% ../nbs/21c_view3d.ipynb #d943e449
 def has_itk_viewer() -> bool:
     "Whether a folder that JupyterLab serves holds itk-vtk-viewer."
     return any((Path(folder) / "itk-vtk-viewer" / "itkVtkViewer.js").exists() for folder in jupyter_path("labextensions"))
@@ -309,7 +311,7 @@ def choose_viewer(
         )
     return engine, ""
 
-# %% ../nbs/21c_view3d.ipynb #d36030b8
+# %% ../nbs/21c_view3d.ipynb #85739efb
 def draw_middle(
     image: Float[Tensor, "i j k"],
     grid: Grid,
@@ -322,7 +324,7 @@ def draw_middle(
     fig.suptitle(title)
     return fig
 
-# %% ../nbs/21c_view3d.ipynb #756cbee7
+# %% ../nbs/21c_view3d.ipynb #bcc81ee1
 class View3D(Viewer):
     "A volume with its labels to turn and cut."
 
@@ -354,7 +356,7 @@ class View3D(Viewer):
         makers = {None: lambda *_: Image(value=self.png()), "niivue": niivue_widget, "itkwidgets": itk_widget}
         return VBox([HTML(escape(words)), makers[engine](self.image, self.labels, self.grid, self.names)])
 
-# %% ../nbs/21c_view3d.ipynb #7c3f6a89
+# %% ../nbs/21c_view3d.ipynb #c7532d7f
 def view3d(
     data: Registration | Pair | Stack,
     image: str = "fixed",  # "fixed", "moving" or, after a registration, "moved"
