@@ -6,11 +6,12 @@
 __all__ = ['POINTS', 'TERMS', 'CURVES', 'thin', 'Curves', 'make_curves', 'grow', 'turn_curves', 'view_stack', 'MonitorPicture',
            'Budget', 'listen', 'usage', 'clock', 'Log', 'new_log', 'Wishes', 'Buttons', 'TrainingMonitor', 'waiting']
 
-# %% ../nbs/22_monitor.ipynb #3089d1b8
+# %% ../nbs/22_monitor.ipynb #6cd63786
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import ipywidgets as widgets
@@ -29,7 +30,7 @@ from .steering import Step
 from .viewers import Viewer
 from .viz import COLOURS, SAGITTAL, Overview, Picture
 
-# %% ../nbs/22_monitor.ipynb #84c018ff
+# %% ../nbs/22_monitor.ipynb #2000a807
 POINTS = 400
 
 
@@ -45,7 +46,7 @@ def thin(
     count = (~np.isnan(table)).sum(1)
     return steps + (stretch + 1) / 2, np.nansum(table, 1) / np.where(count, count, np.nan)
 
-# %% ../nbs/22_monitor.ipynb #5ac1327f
+# %% ../nbs/22_monitor.ipynb #75fbccd7
 class Curves(NamedTuple):
     "A panel of curves over the steps."
 
@@ -110,7 +111,7 @@ def turn_curves(
     curves.marks.set_segments([[(begin, 0), (begin, 1)] for begin in begins])
     return before != (ax.get_xlim(), ax.get_ylim())
 
-# %% ../nbs/22_monitor.ipynb #64f858f9
+# %% ../nbs/22_monitor.ipynb #341b5e5a
 TERMS = ("diffusion", "orthonormality", "properness", "rigid_dice", "rigid_field")
 CURVES = (  # columns of the steps' rows, title, logarithmic
     (("loss", "similarity"), "loss and similarity", False),
@@ -143,6 +144,8 @@ class MonitorPicture(LivePicture):
         axes = [*top.subplots(1, 4), *bottom.subplots(1, 5, width_ratios=(1, 1, 1, 1.4, 1.4))]
         self.curves = [make_curves(ax, *panel) for ax, panel in zip(axes, CURVES)]
         self.panels: list[Panel] = [make_panel(ax, view_stack(view), SAGITTAL) for ax in axes[-2:]]
+        for panel, title in zip(self.panels, ("fixed orange, moved blue", "det J, 0.5 blue to 1.5 red")):
+            panel.ax.set_title(title, fontsize=9)
         self.words = self.text(0.01, 0.005, "", fontsize=8, va="bottom")
         lines = [artist for curves in self.curves for artist in (*curves.lines.values(), curves.marks, curves.empty)]
         self.changing = [self.words, *lines, *(artist for panel in self.panels for artist in panel.artists())]
@@ -161,7 +164,7 @@ class MonitorPicture(LivePicture):
         if any([turn_curves(curves, traces, begins) for curves in self.curves]):
             self.still = None
 
-# %% ../nbs/22_monitor.ipynb #27906ad9
+# %% ../nbs/22_monitor.ipynb #5fb46a38
 class Budget:
     "Time that may be spent beside a run."
 
@@ -169,11 +172,10 @@ class Budget:
         self.share, self.every_s = share, every_s
         self.began, self.spent, self.last, self.cost = time.perf_counter(), 0.0, -np.inf, {}
 
-    def allows(self, what: str) -> bool:
-        "Whether there is time for something that took so long the last time."
+    def allows(self, what: str, part: float = 1.0) -> bool:
+        "Whether this part of the share has time for something that took so long the last time."
         now = time.perf_counter()
-        known = self.cost.get(what, 0.0)
-        return now - self.last >= self.every_s and self.spent + known <= self.share * (now - self.began)
+        return now - self.last >= self.every_s and self.spent + self.cost.get(what, 0.0) <= part * self.share * (now - self.began)
 
     def spend(self, what: str, began: float) -> None:
         "Account for something that has just been done."
@@ -181,7 +183,7 @@ class Budget:
         self.cost[what] = self.last - began
         self.spent += self.cost[what]
 
-# %% ../nbs/22_monitor.ipynb #e6d83791
+# %% ../nbs/22_monitor.ipynb #90d4d15b
 def listen(
     controls: Sequence[widgets.Widget],
 ) -> None:
@@ -210,7 +212,7 @@ def clock(
     minutes, rest = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
 
-# %% ../nbs/22_monitor.ipynb #539217f1
+# %% ../nbs/22_monitor.ipynb #0f9b191e
 @dataclass
 class Log:
     "What a run has told so far."
@@ -242,7 +244,7 @@ def new_log() -> Log:
     "An empty log of all that is drawn."
     return Log({name: [] for columns, *_ in CURVES for name in columns})
 
-# %% ../nbs/22_monitor.ipynb #043de58f
+# %% ../nbs/22_monitor.ipynb #d0238a1e
 @dataclass
 class Wishes:
     "What a person asks of a run."
@@ -269,26 +271,38 @@ class Buttons:
         self.wishes = wishes
         self.stop = widgets.Button(description="Stop", button_style="danger", tooltip="end after this step, keep everything")
         self.pause = widgets.ToggleButton(description="Pause")
-        self.case, self.sliders = widgets.Dropdown(description="look at"), {}
+        self.case, self.sliders = None, {}
         self.stop.on_click(lambda _: setattr(wishes, "stop", True))
         self.pause.observe(lambda change: setattr(wishes, "pause", change["new"]), "value")
-        self.weights = widgets.HBox(layout={"flex_flow": "row wrap"})
-        self.box = widgets.VBox([widgets.HBox([self.stop, self.pause, self.case]), self.weights])
+        self.top, self.weights = widgets.HBox([self.stop, self.pause]), widgets.HBox(layout={"flex_flow": "row wrap"})
+        self.box = widgets.VBox([self.top, self.weights])
 
-    def offer(self, step: Step) -> None:
-        "Make sliders and menu for the weights and the cases of a run."
-        self.case.options = [(name, number) for number, name in enumerate(step.cases)] or [("this pair", 0)]
+    def offer(self, step: Step, choose: Callable[[int], None]) -> None:
+        "Make sliders for the weights of a run, and a menu of its cases."
+        if step.cases:
+            self.case = widgets.Dropdown(options=[(name, number) for number, name in enumerate(step.cases)], description="look at")
+            self.case.observe(lambda change: choose(change["new"]), "value")
+            self.top.children = [self.stop, self.pause, self.case]
         for name, weight in step.weights.items():
-            slider = widgets.FloatLogSlider(max(weight, 1e-4), min=-4, max=2, step=0.05, description=name, readout_format=".2g")
-            slider.observe(lambda change, name=name: self.wishes.weights.update({name: change["new"] if change["new"] > 1.01e-4 else 0.0}), "value")
+            middle = math.log10(weight) if weight else -3  # the first value lies on a step, so that the browser does not round it
+            first = weight or 10.0 ** (middle - 2)
+            style = {"style": {"description_width": "110px"}, "layout": {"width": "340px"}, "readout_format": ".2g"}
+            slider = widgets.FloatLogSlider(first, min=middle - 2, max=middle + 2, step=0.05, description=name.replace("_", " "), **style)
+            slider.observe(partial(self.wish, name), "value")
             self.sliders[name] = slider
         self.weights.children = list(self.sliders.values())
 
+    def wish(self, name: str, change: dict) -> None:
+        "A slider was moved: its weight, or none at its lowest end."
+        off = math.log10(change["new"]) < self.sliders[name].min + 0.025
+        if abs(math.log10(change["new"] / change["old"])) > 0.01:
+            self.wishes.weights[name] = 0.0 if off else change["new"]
+
     def all(self) -> list[widgets.Widget]:
         "Every widget that a person may touch."
-        return [self.stop, self.pause, self.case, *self.sliders.values()]
+        return [self.stop, self.pause, *([self.case] if self.case else []), *self.sliders.values()]
 
-# %% ../nbs/22_monitor.ipynb #aa086d12
+# %% ../nbs/22_monitor.ipynb #a2edcf29
 class TrainingMonitor(Viewer):
     "Watch `fit` or `register` while it runs, pause and stop it, change its weights: give it as `on_step`."
 
@@ -308,7 +322,7 @@ class TrainingMonitor(Viewer):
             self.begin(step)
         self.changes += [f"step {self.log.steps}: {said}" for said in self.wishes.grant(step)]
         over = step.stop or step.done >= 1
-        if over or self.budget.allows("look"):
+        if over or self.budget.allows("look", part=0.5):
             self.look(step)
         if over or self.budget.allows("curves"):
             self.draw(step, over)
@@ -323,11 +337,12 @@ class TrainingMonitor(Viewer):
         if self.handle is None:
             display(self)
         if "box" in self.__dict__:
-            self.buttons.offer(step)
+            self.buttons.offer(step, self.choose)
         self.live = MonitorPicture((step.look(self.case) if step.cases else step.look())[0])
         self.look(step)
         self.draw(step, False)
-        self.budget = Budget(self.share)
+        counted = Budget(self.share)
+        counted.cost["look"], self.budget = self.budget.cost["look"], counted
         self.draw(step, False)
 
     def look(self, step: Step) -> None:
@@ -369,14 +384,12 @@ class TrainingMonitor(Viewer):
     def box(self) -> widgets.VBox:
         "Buttons and sliders above the picture."
         self.buttons, self.image = Buttons(self.wishes), widgets.Image(value=self.png(), format="png", layout={"max_width": "100%"})
-        self.buttons.case.observe(lambda change: self.choose(change["new"]), "value")
         return widgets.VBox([self.buttons.box, self.image])
 
-    def choose(self, case: int | None) -> None:
+    def choose(self, case: int) -> None:
         "Look at another case, soon."
-        if case is not None and case != self.case:
-            self.case = case
-            self.budget.cost.pop("look", None)
+        self.case = case
+        self.budget.cost.pop("look", None)
 
 
 def waiting() -> Picture:

@@ -7,7 +7,7 @@ __all__ = ['STILL', 'OUTLINED', 'KEYS', 'STEPS', 'PLANES', 'person_present', 'Vi
            'vertebra_control', 'ct_controls', 'mr_control', 'window_controls', 'show_controls', 'step_slice',
            'press_key', 'SliceViewer', 'JacobianMap', 'DeformedGrid', 'Quiver', 'Interactive']
 
-# %% ../nbs/21b_viewers.ipynb #23979031
+# %% ../nbs/21b_viewers.ipynb #108dde73
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,27 +18,16 @@ from typing import NamedTuple
 
 import ipywidgets as widgets
 import numpy as np
-from ipyevents import Event
 from IPython import get_ipython
 from IPython.display import Image, display
+from ipyevents import Event
 
 from .pairs import Pair
 from .results import Registration
-from spinereg.slices import (
-    CT_WINDOWS_HU,
-    SlicePicture,
-    Stack,
-    describe_point,
-    first_look,
-    label_centre,
-    pair_stack,
-    result_stack,
-    showable,
-    usual_outlines,
-)
+from .slices import CT_WINDOWS_HU, SlicePicture, Stack, describe_point, first_look, label_centre, pair_stack, result_stack, showable, usual_outlines
 from .viz import AXIAL, CORONAL, SAGITTAL, Picture, Plane
 
-# %% ../nbs/21b_viewers.ipynb #63c5320c
+# %% ../nbs/21b_viewers.ipynb #b6fa5b2c
 STILL = """<style class="spinereg-still">
 .jp-OutputArea-child:has(style.spinereg-still):has(+ * + * .jp-OutputArea-output .jupyter-widgets) + * {display: none}
 .jp-OutputArea-child:has(style.spinereg-still) + * + *:not(:has(.jp-OutputArea-output .jupyter-widgets)) {display: none}
@@ -85,7 +74,7 @@ class Viewer:
         self.waiting.daemon = True
         self.waiting.start()
 
-# %% ../nbs/21b_viewers.ipynb #4d24e375
+# %% ../nbs/21b_viewers.ipynb #1ab4bcc3
 class Control(NamedTuple):
     "A widget that shows and changes a part of a look."
 
@@ -132,7 +121,7 @@ def vertebra_control(
     menu = widgets.Dropdown(options=[("-", None), *((name, name) for name in stack.names)], description="vertebra", layout={"width": "170px"})
     return Control(menu, under, lambda look, name: look if name is None else replace(look, at=label_centre(stack, name)))
 
-# %% ../nbs/21b_viewers.ipynb #1cb04c94
+# %% ../nbs/21b_viewers.ipynb #4ec6218c
 def ct_controls(
     names: tuple[str, ...],  # of the CT images, which share a window
 ) -> list[Control]:  # a menu and a range
@@ -157,7 +146,7 @@ def mr_control(
     values = np.sort(stack.images[name].flatten()[:: max(stack.images[name].numel() // 100_000, 1)].numpy())
 
     def percents(look):
-        return tuple(100.0 * np.searchsorted(values, look.windows[name], side="right") / len(values))
+        return tuple((200.0 * np.searchsorted(values, look.windows[name], side="right") / len(values)).round() / 2)
 
     def write(look, percents):
         low, high = np.percentile(values, percents)
@@ -175,7 +164,7 @@ def window_controls(
     mrs = [mr_control(stack, name) for name in stack.images if stack.modalities[name] == "mr"]
     return mrs + (ct_controls(cts) if cts else [])
 
-# %% ../nbs/21b_viewers.ipynb #866ebd8a
+# %% ../nbs/21b_viewers.ipynb #6ec67bcf
 OUTLINED = {" and ".join(which) or "none": which for which in ((), ("moved",), ("moving",), ("fixed",), ("moved", "fixed"), ("moving", "fixed"))}
 
 
@@ -187,11 +176,11 @@ def show_controls(
     fade = widgets.FloatSlider(min=0, max=1, step=0.05, description="fade", layout={"width": "300px"})
     controls = [_menu("show", showable(stack), "show"), _slider(fade, "fade"), _menu("outlined", outlined, "outlines")]
     if stack.disp is not None:
-        scale = widgets.FloatLogSlider(min=-2, max=0, step=0.05, description="det J, 1 +-", layout={"width": "300px"})
+        scale = widgets.FloatSlider(min=0.05, max=1, step=0.05, description="det J, 1 +-", layout={"width": "300px"})
         controls += [_menu("lines", ["none", "grid", "arrows"], "lines"), _slider(scale, "half_range")]
     return controls
 
-# %% ../nbs/21b_viewers.ipynb #0baba0a4
+# %% ../nbs/21b_viewers.ipynb #203b6eec
 KEYS = "wheel, up, down, page up, page down: slice; left, right: fade; 1 to 8: what is shown; n, p: vertebra; o: outlines; c: cross; click: go there"
 STEPS = {"ArrowUp": 1, "ArrowDown": -1, "PageUp": 10, "PageDown": -10}
 
@@ -230,7 +219,7 @@ def press_key(
         return replace(look, outlined=() if look.outlined else usual_outlines(stack))
     return replace(look, crosshair=not look.crosshair) if key == "c" else look
 
-# %% ../nbs/21b_viewers.ipynb #47ca7af8
+# %% ../nbs/21b_viewers.ipynb #8ee2f6a9
 PLANES = {"all": (SAGITTAL, CORONAL, AXIAL), "sagittal": (SAGITTAL,), "coronal": (CORONAL,), "axial": (AXIAL,)}
 
 
@@ -342,7 +331,7 @@ class SliceViewer(Viewer):
         self.refresh()
         return widgets.VBox([*rows, self.image, self.words, widgets.HTML(f"<small>{KEYS}</small>")])
 
-# %% ../nbs/21b_viewers.ipynb #8dc54aa3
+# %% ../nbs/21b_viewers.ipynb #055f7162
 class JacobianMap(SliceViewer):
     "Where tissue shrinks or grows; beside it volume change and residual of every vertebra."
 
@@ -363,7 +352,7 @@ class Quiver(SliceViewer):
     def __init__(self, result: Registration | Stack, planes: str = "all", **look):
         super().__init__(result, planes, **{"show": "moved", "lines": "arrows"} | look)
 
-# %% ../nbs/21b_viewers.ipynb #a26ed692
+# %% ../nbs/21b_viewers.ipynb #fd41c522
 class Interactive(Viewer):
     "A picture that follows sliders."
 
