@@ -6,7 +6,7 @@
 __all__ = ['POINTS', 'TERMS', 'CURVES', 'thin', 'Curves', 'make_curves', 'grow', 'turn_curves', 'view_stack', 'MonitorPicture',
            'Budget', 'listen', 'usage', 'clock', 'Log', 'new_log', 'Wishes', 'Buttons', 'TrainingMonitor', 'waiting']
 
-# %% ../nbs/22_monitor.ipynb #6cd63786
+# %% ../nbs/22_monitor.ipynb #c018a27b
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +30,7 @@ from .steering import Step
 from .viewers import Viewer
 from .viz import COLOURS, SAGITTAL, Overview, Picture
 
-# %% ../nbs/22_monitor.ipynb #2000a807
+# %% ../nbs/22_monitor.ipynb #feed710a
 POINTS = 400
 
 
@@ -46,7 +46,7 @@ def thin(
     count = (~np.isnan(table)).sum(1)
     return steps + (stretch + 1) / 2, np.nansum(table, 1) / np.where(count, count, np.nan)
 
-# %% ../nbs/22_monitor.ipynb #75fbccd7
+# %% ../nbs/22_monitor.ipynb #19a51eb2
 class Curves(NamedTuple):
     "A panel of curves over the steps."
 
@@ -111,7 +111,7 @@ def turn_curves(
     curves.marks.set_segments([[(begin, 0), (begin, 1)] for begin in begins])
     return before != (ax.get_xlim(), ax.get_ylim())
 
-# %% ../nbs/22_monitor.ipynb #341b5e5a
+# %% ../nbs/22_monitor.ipynb #497a8226
 TERMS = ("diffusion", "orthonormality", "properness", "rigid_dice", "rigid_field")
 CURVES = (  # columns of the steps' rows, title, logarithmic
     (("loss", "similarity"), "loss and similarity", False),
@@ -164,26 +164,31 @@ class MonitorPicture(LivePicture):
         if any([turn_curves(curves, traces, begins) for curves in self.curves]):
             self.still = None
 
-# %% ../nbs/22_monitor.ipynb #5fb46a38
+# %% ../nbs/22_monitor.ipynb #13a65eb9
 class Budget:
-    "Time that may be spent beside a run."
+    "Time that may be spent beside a run on one thing."
 
-    def __init__(self, share: float, every_s: float = 2.0):
-        self.share, self.every_s = share, every_s
-        self.began, self.spent, self.last, self.cost = time.perf_counter(), 0.0, -np.inf, {}
+    def __init__(
+        self,
+        share: float,  # of the run's time
+        every_s: float = 2.0,  # not more often than that
+        cost: float = 0.0,  # seconds it took the last time
+    ):
+        self.share, self.every_s, self.cost = share, every_s, cost
+        self.began, self.spent, self.last = time.perf_counter(), 0.0, -math.inf
 
-    def allows(self, what: str, part: float = 1.0) -> bool:
-        "Whether this part of the share has time for something that took so long the last time."
+    def allows(self) -> bool:
+        "Whether there is time for it again."
         now = time.perf_counter()
-        return now - self.last >= self.every_s and self.spent + self.cost.get(what, 0.0) <= part * self.share * (now - self.began)
+        return now - self.last >= self.every_s and self.spent + self.cost <= self.share * (now - self.began)
 
-    def spend(self, what: str, began: float) -> None:
-        "Account for something that has just been done."
+    def spend(self, began: float) -> None:
+        "Account for having done it."
         self.last = time.perf_counter()
-        self.cost[what] = self.last - began
-        self.spent += self.cost[what]
+        self.cost = self.last - began
+        self.spent += self.cost
 
-# %% ../nbs/22_monitor.ipynb #90d4d15b
+# %% ../nbs/22_monitor.ipynb #c3e52430
 def listen(
     controls: Sequence[widgets.Widget],
 ) -> None:
@@ -206,13 +211,13 @@ def usage() -> str:
 
 
 def clock(
-    seconds: float,
+    seconds: float | int,
 ) -> str:
     "Hours, minutes and seconds."
     minutes, rest = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
 
-# %% ../nbs/22_monitor.ipynb #0f9b191e
+# %% ../nbs/22_monitor.ipynb #eb5fba2a
 @dataclass
 class Log:
     "What a run has told so far."
@@ -244,7 +249,7 @@ def new_log() -> Log:
     "An empty log of all that is drawn."
     return Log({name: [] for columns, *_ in CURVES for name in columns})
 
-# %% ../nbs/22_monitor.ipynb #d0238a1e
+# %% ../nbs/22_monitor.ipynb #9f344adf
 @dataclass
 class Wishes:
     "What a person asks of a run."
@@ -302,7 +307,7 @@ class Buttons:
         "Every widget that a person may touch."
         return [self.stop, self.pause, *([self.case] if self.case else []), *self.sliders.values()]
 
-# %% ../nbs/22_monitor.ipynb #a2edcf29
+# %% ../nbs/22_monitor.ipynb #cdce1473
 class TrainingMonitor(Viewer):
     "Watch `fit` or `register` while it runs, pause and stop it, change its weights: give it as `on_step`."
 
@@ -322,9 +327,9 @@ class TrainingMonitor(Viewer):
             self.begin(step)
         self.changes += [f"step {self.log.steps}: {said}" for said in self.wishes.grant(step)]
         over = step.stop or step.done >= 1
-        if over or self.budget.allows("look", part=0.5):
+        if over or self.looks.allows():
             self.look(step)
-        if over or self.budget.allows("curves"):
+        if over or self.draws.allows():
             self.draw(step, over)
         if over:
             self.wishes.stop = False
@@ -333,16 +338,17 @@ class TrainingMonitor(Viewer):
 
     def begin(self, step: Step) -> None:
         "Lay out the picture when the first step has come; what that takes, once, is not counted."
-        self.budget, self.began = Budget(self.share), (time.perf_counter(), step.done)
+        self.began = time.perf_counter(), step.done
+        self.looks = self.draws = Budget(self.share)
         if self.handle is None:
             display(self)
         if "box" in self.__dict__:
             self.buttons.offer(step, self.choose)
         self.live = MonitorPicture((step.look(self.case) if step.cases else step.look())[0])
         self.look(step)
+        self.looks = Budget(self.share / 2, cost=self.looks.cost)
         self.draw(step, False)
-        counted = Budget(self.share)
-        counted.cost["look"], self.budget = self.budget.cost["look"], counted
+        self.draws = Budget(self.share / 2)
         self.draw(step, False)
 
     def look(self, step: Step) -> None:
@@ -352,7 +358,7 @@ class TrainingMonitor(Viewer):
         self.log.add(figures)
         with self.lock:
             self.live.turn_slices(view)
-        self.budget.spend("look", began)
+        self.looks.spend(began)
 
     def draw(self, step: Step, over: bool) -> None:
         "Bring the picture up to date, here and in the notebook."
@@ -363,7 +369,7 @@ class TrainingMonitor(Viewer):
             if "box" in self.__dict__:
                 self.image.value = self.live.png()
         self.record()
-        self.budget.spend("curves", began)
+        self.draws.spend(began)
 
     def heading(self, step: Step, over: bool) -> str:
         "Where the run is, how long it will take, what it uses, which weights were changed."
@@ -389,7 +395,7 @@ class TrainingMonitor(Viewer):
     def choose(self, case: int) -> None:
         "Look at another case, soon."
         self.case = case
-        self.budget.cost.pop("look", None)
+        self.looks.cost = 0.0
 
 
 def waiting() -> Picture:

@@ -18,13 +18,24 @@ from typing import NamedTuple
 
 import ipywidgets as widgets
 import numpy as np
+from ipyevents import Event
 from IPython import get_ipython
 from IPython.display import Image, display
-from ipyevents import Event
 
 from .pairs import Pair
 from .results import Registration
-from .slices import CT_WINDOWS_HU, SlicePicture, Stack, describe_point, first_look, label_centre, pair_stack, result_stack, showable, usual_outlines
+from spinereg.slices import (
+    CT_WINDOWS_HU,
+    SlicePicture,
+    Stack,
+    describe_point,
+    first_look,
+    label_centre,
+    pair_stack,
+    result_stack,
+    showable,
+    usual_outlines,
+)
 from .viz import AXIAL, CORONAL, SAGITTAL, Picture, Plane
 
 # %% ../nbs/21b_viewers.ipynb #b6fa5b2c

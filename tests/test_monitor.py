@@ -1,0 +1,211 @@
+"The monitor: what it draws, what it costs, what it asks of a run, what it leaves."
+
+import json
+import subprocess
+import sys
+import threading
+import time
+import tracemalloc
+from io import BytesIO
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from spinereg.geometry import Grid
+from spinereg.monitor import Budget, Buttons, TrainingMonitor, Wishes, clock, grow, thin
+from spinereg.steering import Step
+from spinereg.viz import Overview
+
+ROOT = Path(__file__).parent.parent
+WEIGHTS = {"similarity": 1.0, "diffusion": 0.02, "properness": 0.0}
+
+
+def pixels(png):
+    return np.asarray(Image.open(BytesIO(png)).convert("RGB")).astype(int)
+
+
+def view(shade=0.5):
+    "Pictures' data of two boxes."
+    grid = Grid((12, 20, 24), np.diag([2.0, 2.0, 2.0, 1.0]))
+    labels = torch.zeros(grid.shape, dtype=torch.int32)
+    labels[3:9, 5:15, 3:9], labels[3:9, 5:15, 14:20] = 2, 1
+    image = (labels > 0).float() * shade
+    return Overview(grid, image, image, image.roll(1, 1), labels, labels, ("L1", "L2"), torch.ones(grid.shape))
+
+
+def step_of(number, of=10, stage="similarity", weights=None, cases=("a", "b"), **row):
+    asked = []
+
+    def look(case=0):
+        asked.append(case)
+        return view(0.3 + 0.5 * case), {"dice_before": 0.5, "dice_after": 0.6 + 0.3 * number / of, "folding_percent": 0.0, "residual_median_mm": 0.2}
+
+    values = {"loss": 2 / number, "similarity": 1 / number, "diffusion": 0.1 * number, "gradient_norm": 1.0, "epoch": 1, "stage": stage}
+    step = Step(values | row, number / of, dict(WEIGHTS) if weights is None else weights, look, cases)
+    step.asked = asked
+    return step
+
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=400), st.integers(1, 50))
+def test_a_thinned_curve_keeps_its_mean_and_its_ends(values, points):
+    steps, means = thin(values, points)
+    assert len(steps) <= max(points, 1) and steps[0] >= 1 and (np.diff(steps) > 0).all()
+    stretch = -(-len(values) // points)
+    counts = [len(values[start : start + stretch]) for start in range(0, len(values), stretch)]
+    assert np.average(means, weights=counts) == pytest.approx(np.mean(values), abs=1e-6)
+
+
+@given(st.lists(st.floats(1e-6, 1e6), min_size=2, max_size=20), st.booleans())
+def test_limits_hold_all_values_and_then_stay(values, log):
+    limits = grow((0.9, 1.1), np.array(values), log)
+    assert limits[0] <= min(values) and max(values) <= limits[1]
+    assert grow(limits, np.array(values), log) == limits or max(values) - min(values) <= 0.2 * (limits[1] - limits[0])
+
+
+def test_the_curves_and_the_slices_of_a_run_are_drawn():
+    monitor = TrainingMonitor(share=1.0)
+    monitor(step_of(1))
+    first = pixels(monitor.png())
+    for number in range(2, 8):
+        monitor(step_of(number, stage="similarity" if number < 5 else "rigidity"))
+    monitor(step_of(10))
+    assert monitor.log.begins == [5, 8] and monitor.log.steps == 8
+    lines = {name: line for curves in monitor.live.curves for name, line in curves.lines.items()}
+    np.testing.assert_allclose(lines["loss"].get_xydata(), [[n, 2 / k] for n, k in zip(range(1, 9), (1, 2, 3, 4, 5, 6, 7, 10))])
+    assert lines["dice_after"].get_ydata()[-1] == pytest.approx(0.9)
+    assert (pixels(monitor.png()) != first).any() and "done" in monitor.live.words.get_text()
+
+
+def test_what_is_drawn_fast_is_what_the_whole_figure_looks_like():
+    monitor = TrainingMonitor()
+    for number in (1, 2, 10):
+        monitor(step_of(number))
+    fast, whole = pixels(monitor.png()), pixels(monitor.live._repr_png_())
+    assert fast.shape == whole.shape and (np.abs(fast - whole).max(-1) > 30).mean() < 0.002
+
+
+def test_d3_stop_holds_for_one_run_and_weights_for_the_next_step():
+    """D3: the step that hears of it is the last; the same monitor can watch the training that is resumed."""
+    monitor, weights = TrainingMonitor(), dict(WEIGHTS)
+    monitor(step_of(1, weights=weights))
+    monitor.wishes.stop = True
+    monitor.wishes.weights["diffusion"] = 0.5
+    last = step_of(2, weights=weights)
+    monitor(last)
+    assert last.stop and weights["diffusion"] == 0.5 and monitor.changes == ["step 2: diffusion 0.02 to 0.5"]
+    assert "stopped" in monitor.live.words.get_text()
+    again = step_of(3, weights=weights)
+    monitor(again)
+    assert not again.stop
+
+
+def test_pause_holds_the_run_until_it_is_released():
+    wishes, ended = Wishes(pause=True), threading.Event()
+    thread = threading.Thread(target=lambda: (wishes.grant(step_of(1)), ended.set()))
+    thread.start()
+    assert not ended.wait(0.3)
+    wishes.pause = False
+    assert ended.wait(5)
+    thread.join()
+
+
+@pytest.mark.parametrize("name", list(WEIGHTS))
+def test_a_slider_begins_where_the_browser_does_not_round_it_and_is_off_at_its_end(name):
+    """A first value off the slider's steps would come back rounded, and change a weight that nobody touched."""
+    wishes, step = Wishes(), step_of(1)
+    buttons = Buttons(wishes)
+    buttons.offer(step, choose=print)
+    slider = buttons.sliders[name]
+    steps = (np.log10(slider.value) - slider.min) / slider.step
+    assert steps == pytest.approx(round(steps), abs=1e-6) and wishes.weights == {}
+    slider.value = 10**slider.max
+    assert wishes.weights == {name: 10**slider.max}
+    slider.value = 10**slider.min
+    assert wishes.weights == {name: 0.0}
+
+
+def test_another_case_can_be_chosen():
+    monitor = TrainingMonitor(share=1.0)
+    monitor.box  # noqa: B018  as a notebook would ask for it
+    monitor(step_of(1))
+    monitor.buttons.case.value = 1
+    last = step_of(10)
+    monitor(last)
+    assert last.asked == [1] and "slices: b" in monitor.live.words.get_text()
+
+
+def test_a_registration_has_one_case_and_no_menu():
+    monitor = TrainingMonitor()
+    monitor.box  # noqa: B018
+    step = step_of(1, cases=())
+    del step.row["stage"], step.row["epoch"]
+    step.row["level_mm"] = 4.0
+    monitor(step)
+    assert monitor.buttons.case is None and "4 mm" in monitor.live.words.get_text()
+
+
+def test_drawing_keeps_to_its_share(monkeypatch):
+    """On a clock of our own: in a run of 1000 s, drawings of 1 and looks of 5 s take 3 % at most, and happen."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    budgets, done = {5.0: Budget(0.015, cost=5.0), 1.0: Budget(0.015, cost=1.0)}, {5.0: 0, 1.0: 0}
+    while now[0] < 1000:
+        now[0] += 0.5
+        for cost, budget in budgets.items():
+            if budget.allows():
+                began = now[0]
+                now[0] += cost
+                budget.spend(began)
+                done[cost] += 1
+    assert sum(budget.spent for budget in budgets.values()) <= 0.03 * now[0] + 1e-9 and done == {5.0: 3, 1.0: 15}
+
+
+def test_d4_ten_thousand_steps_do_not_fill_the_memory():
+    """D4: a number per curve and step is kept, and no picture."""
+    monitor = TrainingMonitor(share=0.0)
+    monitor(step_of(1, of=20000))
+    tracemalloc.start()
+    for number in range(2, 10001):
+        monitor(step_of(number, of=20000))
+    grown, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert grown < 20e6 and monitor.log.steps == 10000
+    monitor.live.turn_curves(monitor.log.traces, monitor.log.begins)
+    assert max(len(line.get_xdata()) for curves in monitor.live.curves for line in curves.lines.values()) <= 400
+
+
+RUN = """import json, sys
+sys.path.insert(0, {tests!r})
+import matplotlib.pyplot as plt, psutil
+from spinereg.monitor import TrainingMonitor
+from test_monitor import step_of
+monitor, seen = TrainingMonitor(share=1.0), []
+for number in range(1, 501):
+    monitor(step_of(number, of=500))
+    monitor.draws.every_s = monitor.looks.every_s = 0.0
+    seen.append(psutil.Process().memory_info().rss / 1e6)
+print(json.dumps([max(seen[50:]) - max(seen[:50]), len(plt.get_fignums()), monitor.log.steps]))"""
+
+
+def test_d4_five_hundred_drawings_leave_a_small_notebook_and_no_figure(tmp_path):
+    """D4: under papermill, drawn after every step: one PNG in the end, no open figure, memory that does not grow."""
+    path = tmp_path / "run.ipynb"
+    cell = nbformat.v4.new_code_cell(RUN.format(tests=str(Path(__file__).parent)))
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata={"kernelspec": kernel}), path)
+    command = [sys.executable, "-m", "papermill", path, path, "--kernel", "python3", "--no-progress-bar"]
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+    outputs = nbformat.read(path, 4).cells[-1].outputs
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 1 and path.stat().st_size < 5e6
+    grown, figures, steps = json.loads("".join(output.text for output in outputs if output.output_type == "stream").strip().splitlines()[-1])
+    assert grown < 50 and figures == 0 and steps == 500
+
+
+def test_time_is_told_as_people_do():
+    assert [clock(s) for s in (5, 65, 3600, 90061)] == ["0:05", "1:05", "1:00:00", "25:01:01"]
