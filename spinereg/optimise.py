@@ -181,11 +181,12 @@ def descend(
             said = ", ".join(f"{name} {term.item():g}" for name, term in terms.items())
             raise FloatingPointError(f"the loss is not finite at {level.grid.spacing_mm[0]:g} mm, step {step} ({said}); a smaller step_mm helps")
         optimiser.zero_grad()
-        sum(weights[name] * eased.get(name, 1.0) * term for name, term in terms.items()).sum().backward()
+        loss = sum(weights[name] * eased.get(name, 1.0) * term for name, term in terms.items()).sum()
+        loss.backward()
         optimiser.step()
         schedule.step()
         length, gradient = fields[1].detach().norm(dim=1), parameter.grad.norm()
-        row = {"level_mm": float(level.grid.spacing_mm[0]), "step": step} | {name: term.item() for name, term in terms.items()}
+        row = {"level_mm": float(level.grid.spacing_mm[0]), "step": step, "loss": loss.item()} | {name: term.item() for name, term in terms.items()}
         row |= {"displacement_mean_mm": length.mean().item(), "displacement_max_mm": length.max().item(), "gradient_norm": gradient.item()}
         yield row | {f"weight_{name}": value for name, value in weights.items()}
 

@@ -8,7 +8,7 @@ __all__ = ['CT_WINDOWS_HU', 'SHOW', 'ORANGE', 'BLUE', 'JACOBIAN_COLOURS', 'UNITS
            'auto_window', 'label_centre', 'showable', 'usual_outlines', 'first_look', 'describe_point', 'slice_colours',
            'Panel', 'make_panel', 'turn_panel', 'draw_strip', 'draw_scale', 'SlicePicture']
 
-# %% ../nbs/21a_slices.ipynb #5e028efb
+# %% ../nbs/21a_slices.ipynb #b0bbf496
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -35,7 +35,7 @@ from .results import Registration
 from .viz import AXIAL, CORONAL, SAGITTAL, Picture, Plane, cut, find_outlines, show_slice
 from .volumes import Labels, Volume
 
-# %% ../nbs/21a_slices.ipynb #7af18377
+# %% ../nbs/21a_slices.ipynb #44fac017
 class LivePicture(Picture):
     "A figure of which a few artists change; only those are drawn again."
 
@@ -90,7 +90,7 @@ def nearest(
     at = (np.arange(pixels.start, pixels.stop) + 0.5 - low) / (high - low) * n
     return pixels, at.clip(0, n - 1).astype(int)
 
-# %% ../nbs/21a_slices.ipynb #d237d7c9
+# %% ../nbs/21a_slices.ipynb #4356b11b
 class Stack(NamedTuple):
     "Images, label maps and fields on one grid."
 
@@ -126,7 +126,7 @@ def renumber(
     table = torch.tensor([0, *(names.index(name) + 1 for name in own)], dtype=torch.int32)
     return table[labels.cpu().long()]
 
-# %% ../nbs/21a_slices.ipynb #53359008
+# %% ../nbs/21a_slices.ipynb #a40c0c8c
 def pair_stack(
     pair: Pair,
 ) -> Stack:
@@ -160,7 +160,7 @@ def result_stack(
         labels |= {"moving": renumber(view.labels_before, view.names, names), "moved": renumber(view.labels, view.names, names)}
     return Stack(grid, images, modalities, labels, names, result.vertebrae, view.jacobian_det.cpu(), disp[0].cpu())
 
-# %% ../nbs/21a_slices.ipynb #26903f8e
+# %% ../nbs/21a_slices.ipynb #962f581c
 CT_WINDOWS_HU = {"bone": (-500.0, 1300.0), "spine": (-250.0, 1250.0), "soft tissue": (-160.0, 240.0), "all": (-1000.0, 2000.0)}
 SHOW = ("fixed", "moving", "moved", "blend", "colours", "checkerboard", "difference", "jacobian")
 ORANGE, BLUE = np.array([1.0, 0.5, 0.0], np.float32), np.array([0.0, 0.5, 1.0], np.float32)
@@ -192,7 +192,7 @@ def mix(
         return np.where((rows[:, None] + columns) % 2 == 0, one, other)[..., None]
     return ((1 - fade) * one + fade * other)[..., None]
 
-# %% ../nbs/21a_slices.ipynb #a14848a5
+# %% ../nbs/21a_slices.ipynb #7626748e
 JACOBIAN_COLOURS = matplotlib.colormaps["RdBu_r"](np.linspace(0, 1, 256))[:, :3].astype(np.float32)
 
 
@@ -204,7 +204,7 @@ def jacobian_colours(
     place = np.clip((det - 1) / half_range, -1, 1) * 127.5 + 127.5
     return np.where(det[..., None] > 0, JACOBIAN_COLOURS[place.round().astype(int)], 0)
 
-# %% ../nbs/21a_slices.ipynb #5347f5a0
+# %% ../nbs/21a_slices.ipynb #d5cb4a52
 def grid_lines(
     disp: Float[Tensor, "3 i j k"],  # mm, along the axes of the grid
     grid: Grid,
@@ -237,7 +237,7 @@ def arrows(
     some = slice(step[0] // 2, None, step[0]), slice(step[1] // 2, None, step[1])
     return places[some].reshape(-1, 2), u[some].reshape(-1, 2)
 
-# %% ../nbs/21a_slices.ipynb #d02b130e
+# %% ../nbs/21a_slices.ipynb #3d31d0e8
 @dataclass(frozen=True)
 class Look:
     "What a picture of slices shows."
@@ -302,7 +302,7 @@ def first_look(
     at = label_centre(stack, stack.names[len(stack.names) // 2]) if stack.names else middle
     return Look(**{"at": at, "windows": windows, "outlined": usual_outlines(stack)} | choices)
 
-# %% ../nbs/21a_slices.ipynb #0c96d62d
+# %% ../nbs/21a_slices.ipynb #dc2d9919
 UNITS = {"ct": " HU", "mr": ""}
 
 
@@ -323,7 +323,7 @@ def describe_point(
         vertebra = f"{name}: {pose}; residual {row.residual_rms_mm:.2f} mm, volume {row.volume_change_percent:+.1f} %"
     return f"R {x:.1f}   A {y:.1f}   S {z:.1f} mm   voxel {', '.join(map(str, at))}\n{'   '.join(values)}\n{vertebra}"
 
-# %% ../nbs/21a_slices.ipynb #e569cab0
+# %% ../nbs/21a_slices.ipynb #88386d57
 def slice_colours(
     stack: Stack,
     plane: Plane,
@@ -344,7 +344,7 @@ def slice_colours(
     colours[..., :3] = (255 * mixed).round()
     return colours
 
-# %% ../nbs/21a_slices.ipynb #959e0798
+# %% ../nbs/21a_slices.ipynb #abe9a9c7
 class Panel(NamedTuple):
     "One plane of a picture: the artists in it that change."
 
@@ -410,7 +410,7 @@ def turn_panel(
         getattr(artist, move)([(look.at[axis] + 0.5) * grid.spacing_mm[axis]] * 2)
         artist.set_visible(look.crosshair)
 
-# %% ../nbs/21a_slices.ipynb #b543a97a
+# %% ../nbs/21a_slices.ipynb #f654a6af
 def draw_strip(
     axes: Sequence[Axes],  # two
     stack: Stack,
@@ -439,7 +439,7 @@ def draw_scale(
     ax.set_title("det J", fontsize=9)
     ax.tick_params(labelsize=7)
 
-# %% ../nbs/21a_slices.ipynb #ff8f6a96
+# %% ../nbs/21a_slices.ipynb #1751c0e9
 class SlicePicture(LivePicture):
     "Planes through one voxel of a stack."
 

@@ -7,7 +7,7 @@ __all__ = ['STILL', 'OUTLINED', 'KEYS', 'STEPS', 'PLANES', 'person_present', 'Vi
            'vertebra_control', 'ct_controls', 'mr_control', 'window_controls', 'show_controls', 'step_slice',
            'press_key', 'SliceViewer', 'JacobianMap', 'DeformedGrid', 'Quiver', 'Interactive']
 
-# %% ../nbs/21b_viewers.ipynb #108dde73
+# %% ../nbs/21b_viewers.ipynb #9dd74516
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,27 +18,16 @@ from typing import NamedTuple
 
 import ipywidgets as widgets
 import numpy as np
-from ipyevents import Event
 from IPython import get_ipython
 from IPython.display import Image, display
+from ipyevents import Event
 
 from .pairs import Pair
 from .results import Registration
-from spinereg.slices import (
-    CT_WINDOWS_HU,
-    SlicePicture,
-    Stack,
-    describe_point,
-    first_look,
-    label_centre,
-    pair_stack,
-    result_stack,
-    showable,
-    usual_outlines,
-)
+from .slices import CT_WINDOWS_HU, SlicePicture, Stack, describe_point, first_look, label_centre, pair_stack, result_stack, showable, usual_outlines
 from .viz import AXIAL, CORONAL, SAGITTAL, Picture, Plane
 
-# %% ../nbs/21b_viewers.ipynb #b6fa5b2c
+# %% ../nbs/21b_viewers.ipynb #128d3c20
 STILL = """<style class="spinereg-still">
 .jp-OutputArea-child:has(style.spinereg-still):has(+ * + * .jp-OutputArea-output .jupyter-widgets) + * {display: none}
 .jp-OutputArea-child:has(style.spinereg-still) + * + *:not(:has(.jp-OutputArea-output .jupyter-widgets)) {display: none}
@@ -85,7 +74,7 @@ class Viewer:
         self.waiting.daemon = True
         self.waiting.start()
 
-# %% ../nbs/21b_viewers.ipynb #1ab4bcc3
+# %% ../nbs/21b_viewers.ipynb #2d5e176a
 class Control(NamedTuple):
     "A widget that shows and changes a part of a look."
 
@@ -102,7 +91,7 @@ def _slider(widget: widgets.Widget, name: str) -> Control:
 def _menu(name: str, choices: list | dict, description: str) -> Control:
     "A menu of one field of a look; empty where the look has something else."
     known = list(choices.values()) if isinstance(choices, dict) else choices
-    menu = widgets.Dropdown(options=choices, description=description, layout={"width": "200px"})
+    menu = widgets.Dropdown(options=choices, description=description, layout={"width": "230px"})
     read = lambda look: getattr(look, name) if getattr(look, name) in known else None  # noqa: E731
     return Control(menu, read, lambda look, value: look if value is None else replace(look, **{name: value}))
 
@@ -132,7 +121,7 @@ def vertebra_control(
     menu = widgets.Dropdown(options=[("-", None), *((name, name) for name in stack.names)], description="vertebra", layout={"width": "170px"})
     return Control(menu, under, lambda look, name: look if name is None else replace(look, at=label_centre(stack, name)))
 
-# %% ../nbs/21b_viewers.ipynb #4ec6218c
+# %% ../nbs/21b_viewers.ipynb #a1773929
 def ct_controls(
     names: tuple[str, ...],  # of the CT images, which share a window
 ) -> list[Control]:  # a menu and a range
@@ -175,7 +164,7 @@ def window_controls(
     mrs = [mr_control(stack, name) for name in stack.images if stack.modalities[name] == "mr"]
     return mrs + (ct_controls(cts) if cts else [])
 
-# %% ../nbs/21b_viewers.ipynb #6ec67bcf
+# %% ../nbs/21b_viewers.ipynb #8abae529
 OUTLINED = {" and ".join(which) or "none": which for which in ((), ("moved",), ("moving",), ("fixed",), ("moved", "fixed"), ("moving", "fixed"))}
 
 
@@ -191,7 +180,7 @@ def show_controls(
         controls += [_menu("lines", ["none", "grid", "arrows"], "lines"), _slider(scale, "half_range")]
     return controls
 
-# %% ../nbs/21b_viewers.ipynb #203b6eec
+# %% ../nbs/21b_viewers.ipynb #2d9a9f9d
 KEYS = "wheel, up, down, page up, page down: slice; left, right: fade; 1 to 8: what is shown; n, p: vertebra; o: outlines; c: cross; click: go there"
 STEPS = {"ArrowUp": 1, "ArrowDown": -1, "PageUp": 10, "PageDown": -10}
 
@@ -230,7 +219,7 @@ def press_key(
         return replace(look, outlined=() if look.outlined else usual_outlines(stack))
     return replace(look, crosshair=not look.crosshair) if key == "c" else look
 
-# %% ../nbs/21b_viewers.ipynb #8ee2f6a9
+# %% ../nbs/21b_viewers.ipynb #4e0fc7e1
 PLANES = {"all": (SAGITTAL, CORONAL, AXIAL), "sagittal": (SAGITTAL,), "coronal": (CORONAL,), "axial": (AXIAL,)}
 
 
@@ -342,7 +331,7 @@ class SliceViewer(Viewer):
         self.refresh()
         return widgets.VBox([*rows, self.image, self.words, widgets.HTML(f"<small>{KEYS}</small>")])
 
-# %% ../nbs/21b_viewers.ipynb #055f7162
+# %% ../nbs/21b_viewers.ipynb #95ed8d0f
 class JacobianMap(SliceViewer):
     "Where tissue shrinks or grows; beside it volume change and residual of every vertebra."
 
@@ -363,7 +352,7 @@ class Quiver(SliceViewer):
     def __init__(self, result: Registration | Stack, planes: str = "all", **look):
         super().__init__(result, planes, **{"show": "moved", "lines": "arrows"} | look)
 
-# %% ../nbs/21b_viewers.ipynb #fd41c522
+# %% ../nbs/21b_viewers.ipynb #02d59294
 class Interactive(Viewer):
     "A picture that follows sliders."
 
@@ -385,7 +374,8 @@ class Interactive(Viewer):
         "A slider per parameter above the picture."
         self.image, self.sliders = widgets.Image(value=self.png(), format="png", layout={"align_self": "flex-start", "max_width": "100%"}), {}
         for name, (low, high, first) in self.ranges.items():
-            self.sliders[name] = widgets.FloatSlider(first, min=low, max=high, step=(high - low) / 40, description=name.replace("_", " "))
+            style = {"description": name.replace("_", " "), "style": {"description_width": "initial"}}
+            self.sliders[name] = widgets.FloatSlider(first, min=low, max=high, step=(high - low) / 40, **style)
             self.sliders[name].observe(lambda change, name=name: self.change(**{name: change["new"]}), "value")
         return widgets.VBox([widgets.HBox(list(self.sliders.values()), layout={"flex_flow": "row wrap"}), self.image])
 
