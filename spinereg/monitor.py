@@ -6,7 +6,7 @@
 __all__ = ['POINTS', 'TERMS', 'CURVES', 'thin', 'Curves', 'make_curves', 'grow', 'turn_curves', 'view_stack', 'MonitorPicture',
            'Budget', 'listen', 'usage', 'clock', 'Log', 'new_log', 'Wishes', 'Buttons', 'TrainingMonitor', 'waiting']
 
-# %% ../nbs/22_monitor.ipynb #c018a27b
+# %% ../nbs/22_monitor.ipynb #6f19bb7e
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +30,7 @@ from .steering import Step
 from .viewers import Viewer
 from .viz import COLOURS, SAGITTAL, Overview, Picture
 
-# %% ../nbs/22_monitor.ipynb #feed710a
+# %% ../nbs/22_monitor.ipynb #22bee90d
 POINTS = 400
 
 
@@ -46,7 +46,7 @@ def thin(
     count = (~np.isnan(table)).sum(1)
     return steps + (stretch + 1) / 2, np.nansum(table, 1) / np.where(count, count, np.nan)
 
-# %% ../nbs/22_monitor.ipynb #19a51eb2
+# %% ../nbs/22_monitor.ipynb #4b43f75c
 class Curves(NamedTuple):
     "A panel of curves over the steps."
 
@@ -111,7 +111,7 @@ def turn_curves(
     curves.marks.set_segments([[(begin, 0), (begin, 1)] for begin in begins])
     return before != (ax.get_xlim(), ax.get_ylim())
 
-# %% ../nbs/22_monitor.ipynb #497a8226
+# %% ../nbs/22_monitor.ipynb #44d81bd5
 TERMS = ("diffusion", "orthonormality", "properness", "rigid_dice", "rigid_field")
 CURVES = (  # columns of the steps' rows, title, logarithmic
     (("loss", "similarity"), "loss and similarity", False),
@@ -164,7 +164,7 @@ class MonitorPicture(LivePicture):
         if any([turn_curves(curves, traces, begins) for curves in self.curves]):
             self.still = None
 
-# %% ../nbs/22_monitor.ipynb #13a65eb9
+# %% ../nbs/22_monitor.ipynb #d64764c0
 class Budget:
     "Time that may be spent beside a run on one thing."
 
@@ -188,7 +188,7 @@ class Budget:
         self.cost = self.last - began
         self.spent += self.cost
 
-# %% ../nbs/22_monitor.ipynb #c3e52430
+# %% ../nbs/22_monitor.ipynb #9bb69835
 def listen(
     controls: Sequence[widgets.Widget],
 ) -> None:
@@ -217,7 +217,7 @@ def clock(
     minutes, rest = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
 
-# %% ../nbs/22_monitor.ipynb #eb5fba2a
+# %% ../nbs/22_monitor.ipynb #51587b8b
 @dataclass
 class Log:
     "What a run has told so far."
@@ -249,7 +249,7 @@ def new_log() -> Log:
     "An empty log of all that is drawn."
     return Log({name: [] for columns, *_ in CURVES for name in columns})
 
-# %% ../nbs/22_monitor.ipynb #9f344adf
+# %% ../nbs/22_monitor.ipynb #ab574251
 @dataclass
 class Wishes:
     "What a person asks of a run."
@@ -307,7 +307,7 @@ class Buttons:
         "Every widget that a person may touch."
         return [self.stop, self.pause, *([self.case] if self.case else []), *self.sliders.values()]
 
-# %% ../nbs/22_monitor.ipynb #cdce1473
+# %% ../nbs/22_monitor.ipynb #4bedf16b
 class TrainingMonitor(Viewer):
     "Watch `fit` or `register` while it runs, pause and stop it, change its weights: give it as `on_step`."
 

@@ -7,7 +7,7 @@ __all__ = ['STILL', 'OUTLINED', 'KEYS', 'STEPS', 'PLANES', 'person_present', 'Vi
            'vertebra_control', 'ct_controls', 'mr_control', 'window_controls', 'show_controls', 'step_slice',
            'press_key', 'SliceViewer', 'JacobianMap', 'DeformedGrid', 'Quiver', 'Interactive']
 
-# %% ../nbs/21b_viewers.ipynb #9dd74516
+# %% ../nbs/21b_viewers.ipynb #ff6e0991
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,16 +18,27 @@ from typing import NamedTuple
 
 import ipywidgets as widgets
 import numpy as np
+from ipyevents import Event
 from IPython import get_ipython
 from IPython.display import Image, display
-from ipyevents import Event
 
 from .pairs import Pair
 from .results import Registration
-from .slices import CT_WINDOWS_HU, SlicePicture, Stack, describe_point, first_look, label_centre, pair_stack, result_stack, showable, usual_outlines
+from spinereg.slices import (
+    CT_WINDOWS_HU,
+    SlicePicture,
+    Stack,
+    describe_point,
+    first_look,
+    label_centre,
+    pair_stack,
+    result_stack,
+    showable,
+    usual_outlines,
+)
 from .viz import AXIAL, CORONAL, SAGITTAL, Picture, Plane
 
-# %% ../nbs/21b_viewers.ipynb #128d3c20
+# %% ../nbs/21b_viewers.ipynb #9794ac1f
 STILL = """<style class="spinereg-still">
 .jp-OutputArea-child:has(style.spinereg-still):has(+ * + * .jp-OutputArea-output .jupyter-widgets) + * {display: none}
 .jp-OutputArea-child:has(style.spinereg-still) + * + *:not(:has(.jp-OutputArea-output .jupyter-widgets)) {display: none}
@@ -74,7 +85,7 @@ class Viewer:
         self.waiting.daemon = True
         self.waiting.start()
 
-# %% ../nbs/21b_viewers.ipynb #2d5e176a
+# %% ../nbs/21b_viewers.ipynb #952a91df
 class Control(NamedTuple):
     "A widget that shows and changes a part of a look."
 
@@ -121,7 +132,7 @@ def vertebra_control(
     menu = widgets.Dropdown(options=[("-", None), *((name, name) for name in stack.names)], description="vertebra", layout={"width": "170px"})
     return Control(menu, under, lambda look, name: look if name is None else replace(look, at=label_centre(stack, name)))
 
-# %% ../nbs/21b_viewers.ipynb #a1773929
+# %% ../nbs/21b_viewers.ipynb #e794882b
 def ct_controls(
     names: tuple[str, ...],  # of the CT images, which share a window
 ) -> list[Control]:  # a menu and a range
@@ -164,7 +175,7 @@ def window_controls(
     mrs = [mr_control(stack, name) for name in stack.images if stack.modalities[name] == "mr"]
     return mrs + (ct_controls(cts) if cts else [])
 
-# %% ../nbs/21b_viewers.ipynb #8abae529
+# %% ../nbs/21b_viewers.ipynb #112ae713
 OUTLINED = {" and ".join(which) or "none": which for which in ((), ("moved",), ("moving",), ("fixed",), ("moved", "fixed"), ("moving", "fixed"))}
 
 
@@ -180,7 +191,7 @@ def show_controls(
         controls += [_menu("lines", ["none", "grid", "arrows"], "lines"), _slider(scale, "half_range")]
     return controls
 
-# %% ../nbs/21b_viewers.ipynb #2d9a9f9d
+# %% ../nbs/21b_viewers.ipynb #899bfc02
 KEYS = "wheel, up, down, page up, page down: slice; left, right: fade; 1 to 8: what is shown; n, p: vertebra; o: outlines; c: cross; click: go there"
 STEPS = {"ArrowUp": 1, "ArrowDown": -1, "PageUp": 10, "PageDown": -10}
 
@@ -219,7 +230,7 @@ def press_key(
         return replace(look, outlined=() if look.outlined else usual_outlines(stack))
     return replace(look, crosshair=not look.crosshair) if key == "c" else look
 
-# %% ../nbs/21b_viewers.ipynb #4e0fc7e1
+# %% ../nbs/21b_viewers.ipynb #7a5114e0
 PLANES = {"all": (SAGITTAL, CORONAL, AXIAL), "sagittal": (SAGITTAL,), "coronal": (CORONAL,), "axial": (AXIAL,)}
 
 
@@ -331,7 +342,7 @@ class SliceViewer(Viewer):
         self.refresh()
         return widgets.VBox([*rows, self.image, self.words, widgets.HTML(f"<small>{KEYS}</small>")])
 
-# %% ../nbs/21b_viewers.ipynb #95ed8d0f
+# %% ../nbs/21b_viewers.ipynb #c40f431e
 class JacobianMap(SliceViewer):
     "Where tissue shrinks or grows; beside it volume change and residual of every vertebra."
 
@@ -352,7 +363,7 @@ class Quiver(SliceViewer):
     def __init__(self, result: Registration | Stack, planes: str = "all", **look):
         super().__init__(result, planes, **{"show": "moved", "lines": "arrows"} | look)
 
-# %% ../nbs/21b_viewers.ipynb #02d59294
+# %% ../nbs/21b_viewers.ipynb #2e570e1e
 class Interactive(Viewer):
     "A picture that follows sliders."
 

@@ -114,7 +114,7 @@ def train(folder, watch, steps):
     return times[-1] - times[0]
 
 
-def monitor(steps=90, rounds=3):
+def monitor(steps=60, rounds=2):
     "How much longer training takes with a monitor at its default rate."
     ratios = []
     with tempfile.TemporaryDirectory() as folder:
