@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Regularity', 'regularity', 'Diffeomorphism', 'diffeomorphism', 'RoundTrip', 'round_trip', 'LandmarkError',
-           'landmark_errors', 'Agreement', 'MeanAgreement', 'label_agreement']
+           'landmark_errors', 'Agreement', 'MeanAgreement', 'label_agreement', 'mean_dice']
 
 # %% ../nbs/09b_metrics.ipynb #909eae55
 from collections.abc import Sequence
@@ -192,3 +192,14 @@ def _surface_distances(a: np.ndarray, b: np.ndarray, spacing_mm: np.ndarray) -> 
     a, b = (np.pad(mask, 1) for mask in (a, b))
     surface_a, surface_b = (mask & ~ndimage.binary_erosion(mask) for mask in (a, b))
     return ndimage.distance_transform_edt(~surface_b, sampling=spacing_mm)[surface_a]
+
+# %% ../nbs/09b_metrics.ipynb #9684729b
+def mean_dice(
+    a: Int[Tensor, "i j k"],  # 0 is background
+    b: Int[Tensor, "i j k"],  # same numbers, same grid
+) -> float:  # NaN where neither has a label
+    "Mean Dice of the labels that at least one of two maps has."
+    n = int(max(a.max(), b.max())) + 1
+    total = sum(torch.bincount(x.flatten(), minlength=n)[1:] for x in (a, b))
+    common = torch.bincount(a[a == b].flatten(), minlength=n)[1:]
+    return float((2 * common / total)[total > 0].mean())

@@ -16,12 +16,13 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
 from .fields import blur, coarsen, coverage, integrate, jacobian, resample_field, warp, warp_labels
 from .geometry import Grid, crop_grid, respace_grid
+from .metrics import mean_dice
 from .motion import vertebra_rigidity
 from .penalties import Bone, bone_jacobian, bone_voxels, determinant, diffusion, orthonormality, properness, rigid_field, rigid_motions
 from .similarity import erode_mask, lncc_loss, mi_loss, mind_loss
@@ -42,6 +43,7 @@ class Scene(NamedTuple):
     labels: Labels | None  # of the moving image
     fixed_measured: Float[Tensor, "1 1 i j k"] | None = None  # 0 where voxels were filled in; None when nowhere
     moving_measured: Float[Tensor, "1 1 x y z"] | None = None
+    fixed_labels: Int[Tensor, "i j k"] | None = None  # of the fixed image, with the numbers of `labels`, to measure with
 
 # %% ../nbs/13a_optimise.ipynb #3004e75b
 def working_grid(
@@ -217,6 +219,9 @@ def look_at(
         rows, _ = vertebra_rigidity(disp, level.grid, labels, names, share)
         figures["residual_median_mm"] = float(np.median([row.residual_rms_mm for row in rows])) if rows else float("nan")
         at_start, labels = at_start[0], labels[0]
+        if scene.fixed_labels is not None:
+            there = warp_labels(scene.fixed_labels[None], scene.fixed_grid, level.grid)[0][0]
+            figures |= {"dice_before": mean_dice(at_start, there), "dice_after": mean_dice(labels, there)}
     return Overview(level.grid, level.fixed[0, 0], level.moving[0, 0], moved, at_start, labels, names, det), figures
 
 
@@ -249,18 +254,19 @@ def optimise(
     made = [make_level(scene, grid, factor * float(grid.spacing_mm[0]), SIMILARITIES[similarity][1]) for factor in levels]
     work = [int(np.prod(level.grid.shape)) for level in made]
     velocity, before = start or (scene.fixed.new_zeros(1, 3, *grid.shape), grid)
-    rows, stopped = [], False
+    rows, done, stopped = [], 0, False
     with tqdm(total=int(np.dot(work, steps)), bar_format=PROGRESS, mininterval=2, file=sys.stdout) as bar:
         for level, count, voxels in zip(made, steps, work):
             parameter = resample_field(velocity, before, level.velocity_grid).requires_grad_()
             for row in descend(scene, level, parameter, count, step_mm, similarity, weights, 1.0 if level is made[-1] else 0.03):
                 rows.append(row)
+                done += voxels
                 bar.set_description_str(f"{row['level_mm']:.3g} mm, similarity {row['similarity']:.3f}", refresh=False)
                 bar.update(voxels)
                 if on_step is not None:
-                    step = Step(row, bar.n / bar.total, weights, partial(look_at, scene, level, parameter))
+                    step = Step(row, done / bar.total, weights, partial(look_at, scene, level, parameter))
                     on_step(step)
-                    stopped = step.stop
+                    stopped = step.stop and done < bar.total
                 if stopped:
                     break
             velocity, before = blur(parameter.detach(), (1.0, 1.0, 1.0)), level.velocity_grid

@@ -34,7 +34,7 @@ from .prealign import RigidStart, rigid_start
 from .results import Registration, environment, evaluate
 from .steering import Step, frees_memory, weights_changed
 from .transforms import SpineTransform, read_transform
-from .volumes import normalise, read_image, whole_numbers
+from .volumes import normalise, read_image, renumber, whole_numbers
 
 # %% ../nbs/15_registration.ipynb #438211ab
 def choose_device(
@@ -239,7 +239,11 @@ def make_scene(
     moving = normalise(pair.moving, pair.moving_modality)[None, None].to(device)
     labels = pair.moving_labels and replace(pair.moving_labels, data=pair.moving_labels.data.to(device))
     filled = [v.measured if v.measured is None else v.measured[None, None].to(fixed) for v in (pair.fixed, pair.moving)]
-    return Scene(fixed, pair.fixed.grid, moving, pair.moving.grid, rigid, labels, *filled)
+    known = None
+    if pair.fixed_labels and labels:
+        names = (*labels.names, *(name for name in pair.fixed_labels.names if name not in labels.names))
+        known = renumber(pair.fixed_labels.data.to(device), pair.fixed_labels.names, names)
+    return Scene(fixed, pair.fixed.grid, moving, pair.moving.grid, rigid, labels, *filled, known)
 
 
 def describe(

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['Step', 'weights_changed', 'frees_memory']
 
-# %% ../nbs/12b_steering.ipynb #b32e7a2a
+# %% ../nbs/12b_steering.ipynb #c63f9b62
 import gc
+import sys
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch
 
 from .viz import Overview
 
-# %% ../nbs/12b_steering.ipynb #f01adef1
+# %% ../nbs/12b_steering.ipynb #42446d4f
 @dataclass
 class Step:
     "A step of a run: what happened, and what can be changed."
@@ -29,7 +30,7 @@ class Step:
     cases: tuple[str, ...] = ()  # those that `look` can show; empty where there is only one, and look() shows it
     stop: bool = False  # set it to end the run after this step
 
-# %% ../nbs/12b_steering.ipynb #a8d0e8dd
+# %% ../nbs/12b_steering.ipynb #a85ec09e
 def weights_changed(
     history: pd.DataFrame,  # a row per step, with columns weight_<term>
 ) -> list[dict[str, int | float | str]]:  # step (a row of the history), term, before, after
@@ -41,7 +42,7 @@ def weights_changed(
             changes.append({"step": int(step), "term": name.removeprefix("weight_"), "before": column[step - 1], "after": column[step]})
     return sorted(changes, key=lambda change: change["step"])
 
-# %% ../nbs/12b_steering.ipynb #0dc3d364
+# %% ../nbs/12b_steering.ipynb #cfb14116
 def frees_memory(
     run: Callable,
 ) -> Callable:  # the same, but for what it leaves after an error
@@ -49,11 +50,12 @@ def frees_memory(
 
     @wraps(run)
     def wrapped(*args, **kwargs):
+        before = sys.exc_info()[1]  # the caller may be handling an error of its own, which is left alone
         try:
             return run(*args, **kwargs)
         except BaseException as error:
             link = error
-            while link is not None:
+            while link not in (None, before):
                 traceback.clear_frames(link.__traceback__)
                 link = link.__cause__ or link.__context__
             gc.collect()

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['STILL', 'OUTLINED', 'KEYS', 'STEPS', 'PLANES', 'person_present', 'Viewer', 'Control', 'slice_controls',
            'vertebra_control', 'ct_controls', 'mr_control', 'window_controls', 'show_controls', 'step_slice',
-           'press_key', 'SliceViewer', 'JacobianMap', 'DeformedGrid', 'Quiver', 'Interactive']
+           'press_key', 'LiveSlices', 'SliceViewer', 'JacobianMap', 'DeformedGrid', 'Quiver', 'Interactive']
 
-# %% ../nbs/21b_viewers.ipynb #ff6e0991
+# %% ../nbs/21b_viewers.ipynb #df04560f
+import traceback
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -26,8 +27,10 @@ from .pairs import Pair
 from .results import Registration
 from spinereg.slices import (
     CT_WINDOWS_HU,
+    Look,
     SlicePicture,
     Stack,
+    check_look,
     describe_point,
     first_look,
     label_centre,
@@ -35,10 +38,11 @@ from spinereg.slices import (
     result_stack,
     showable,
     usual_outlines,
+    vertebrae_at,
 )
 from .viz import AXIAL, CORONAL, SAGITTAL, Picture, Plane
 
-# %% ../nbs/21b_viewers.ipynb #9794ac1f
+# %% ../nbs/21b_viewers.ipynb #d73a2adb
 STILL = """<style class="spinereg-still">
 .jp-OutputArea-child:has(style.spinereg-still):has(+ * + * .jp-OutputArea-output .jupyter-widgets) + * {display: none}
 .jp-OutputArea-child:has(style.spinereg-still) + * + *:not(:has(.jp-OutputArea-output .jupyter-widgets)) {display: none}
@@ -71,11 +75,11 @@ class Viewer:
         if present:
             display(self.box._repr_mimebundle_() | {"text/plain": ""}, raw=True)
 
-    def record(self) -> None:
-        "Leave the picture as it is now in the notebook."
+    def record(self, png: bytes | None = None) -> None:
+        "Leave this picture in the notebook, or the one as it is now."
         with self.lock:
             if self.handle is not None:
-                self.handle.update(Image(self.png()))
+                self.handle.update(Image(png or self.png()))
 
     def record_soon(self) -> None:
         "Likewise, a second after the last change."
@@ -85,7 +89,7 @@ class Viewer:
         self.waiting.daemon = True
         self.waiting.start()
 
-# %% ../nbs/21b_viewers.ipynb #952a91df
+# %% ../nbs/21b_viewers.ipynb #77ea744e
 class Control(NamedTuple):
     "A widget that shows and changes a part of a look."
 
@@ -124,15 +128,11 @@ def vertebra_control(
     stack: Stack,
 ) -> Control:
     "A menu that jumps to the middle of a vertebra, and shows which one the crosshair is on."
-
-    def under(look):
-        numbers = [int(labels[look.at]) for labels in stack.labels.values() if labels[look.at] > 0]
-        return stack.names[numbers[0] - 1] if numbers else None
-
     menu = widgets.Dropdown(options=[("-", None), *((name, name) for name in stack.names)], description="vertebra", layout={"width": "170px"})
+    under = lambda look: next(iter(vertebrae_at(stack, look.at).values()), None)  # noqa: E731
     return Control(menu, under, lambda look, name: look if name is None else replace(look, at=label_centre(stack, name)))
 
-# %% ../nbs/21b_viewers.ipynb #e794882b
+# %% ../nbs/21b_viewers.ipynb #da306328
 def ct_controls(
     names: tuple[str, ...],  # of the CT images, which share a window
 ) -> list[Control]:  # a menu and a range
@@ -175,7 +175,7 @@ def window_controls(
     mrs = [mr_control(stack, name) for name in stack.images if stack.modalities[name] == "mr"]
     return mrs + (ct_controls(cts) if cts else [])
 
-# %% ../nbs/21b_viewers.ipynb #112ae713
+# %% ../nbs/21b_viewers.ipynb #6566e9b7
 OUTLINED = {" and ".join(which) or "none": which for which in ((), ("moved",), ("moving",), ("fixed",), ("moved", "fixed"), ("moving", "fixed"))}
 
 
@@ -191,17 +191,17 @@ def show_controls(
         controls += [_menu("lines", ["none", "grid", "arrows"], "lines"), _slider(scale, "half_range")]
     return controls
 
-# %% ../nbs/21b_viewers.ipynb #899bfc02
+# %% ../nbs/21b_viewers.ipynb #a1b19610
 KEYS = "wheel, up, down, page up, page down: slice; left, right: fade; 1 to 8: what is shown; n, p: vertebra; o: outlines; c: cross; click: go there"
 STEPS = {"ArrowUp": 1, "ArrowDown": -1, "PageUp": 10, "PageDown": -10}
 
 
 def step_slice(
     stack: Stack,
-    look,  # a `Look`
+    look: Look,
     plane: Plane,
     steps: int,
-):  # a `Look`
+) -> Look:
     "Go some slices on, as far as there are any."
     at = list(look.at)
     at[plane.axis] = int(np.clip(at[plane.axis] + steps, 0, stack.grid.shape[plane.axis] - 1))
@@ -210,17 +210,17 @@ def step_slice(
 
 def press_key(
     stack: Stack,
-    look,  # a `Look`
+    look: Look,
     plane: Plane,  # the one that the arrows move through
     key: str,  # as browsers call it
-):  # a `Look`, the same one where the key means nothing
+) -> Look:  # the same one where the key means nothing
     "What a key does to a look."
     shown = showable(stack)
     if key in STEPS:
         return step_slice(stack, look, plane, STEPS[key])
     if key in ("ArrowLeft", "ArrowRight"):
         return replace(look, fade=float(np.clip(look.fade + (0.1 if key == "ArrowRight" else -0.1), 0, 1)))
-    if key.isdigit() and 1 <= int(key) <= len(shown):
+    if key in "12345678"[: len(shown)]:
         return replace(look, show=shown[int(key) - 1])
     if key in ("n", "p") and stack.names:
         heights = [abs(label_centre(stack, name)[2] - look.at[2]) for name in stack.names]
@@ -230,12 +230,12 @@ def press_key(
         return replace(look, outlined=() if look.outlined else usual_outlines(stack))
     return replace(look, crosshair=not look.crosshair) if key == "c" else look
 
-# %% ../nbs/21b_viewers.ipynb #7a5114e0
+# %% ../nbs/21b_viewers.ipynb #313b596f
 PLANES = {"all": (SAGITTAL, CORONAL, AXIAL), "sagittal": (SAGITTAL,), "coronal": (CORONAL,), "axial": (AXIAL,)}
 
 
-class SliceViewer(Viewer):
-    "Linked slices of a pair or of a registration, to scroll, fade, window and measure in."
+class LiveSlices(Viewer):
+    "Linked slices that a program can turn."
 
     def __init__(
         self,
@@ -246,41 +246,59 @@ class SliceViewer(Viewer):
     ):
         super().__init__()
         if planes not in PLANES:
-            raise ValueError(f"SliceViewer: planes={planes!r}: expected one of {', '.join(PLANES)}")
+            raise ValueError(f"planes={planes!r}: expected one of {', '.join(PLANES)}")
         self.stack = data if isinstance(data, Stack) else pair_stack(data) if isinstance(data, Pair) else result_stack(data)
-        self.look = first_look(self.stack, **look)
-        self.planes, self.strip, self.plane, self.following = planes, strip, PLANES[planes][0], False
-        self.heard, self.worker = deque(), ThreadPoolExecutor(1)
-
-    def picture(self) -> SlicePicture:
-        "The whole figure as it is now, with words."
-        return SlicePicture(self.stack, self.look, PLANES[self.planes], self.strip)
+        self.look, self.planes, self.strip = first_look(self.stack, **look), planes, strip
 
     def png(self) -> bytes:
-        return self.picture()._repr_png_()
+        "The whole figure as it is now, with words."
+        return SlicePicture(self.stack, self.look, PLANES[self.planes], self.strip)._repr_png_()
 
     @cached_property
     def live(self) -> SlicePicture:
         "The figure that is drawn again and again."
         return SlicePicture(self.stack, self.look, PLANES[self.planes], self.strip, words=False)
 
-    def change(self, look=None, planes: str | None = None, **fields) -> None:
+    def change(self, look: Look | None = None, planes: str | None = None, **fields) -> None:
         "Show something else: a `Look`, single fields of it, other planes."
         with self.lock:
-            new = replace(look or self.look, **fields)
-            if planes not in (None, self.planes) or new.half_range != self.look.half_range:
-                self.planes = planes or self.planes
-                self.plane = PLANES[self.planes][0]
-                self.__dict__.pop("live", None)
-            elif new == self.look:
+            new, planes = check_look(self.stack, replace(look or self.look, **fields)), planes or self.planes
+            if (new, planes) == (self.look, self.planes):
                 return
-            self.look = new
+            if planes != self.planes or new.half_range != self.look.half_range:
+                self.__dict__.pop("live", None)
+            self.look, self.planes = new, planes
             if "box" in self.__dict__:
                 self.refresh()
 
     def jump(self, name: str) -> None:
         "Go to the middle of a vertebra."
         self.change(at=label_centre(self.stack, name))
+
+# %% ../nbs/21b_viewers.ipynb #9e919578
+class SliceViewer(LiveSlices):
+    "Linked slices of a pair or of a registration, to scroll, fade, window and measure in."
+
+    @cached_property
+    def controls(self) -> list[Control]:
+        "All that can be set, but for the planes."
+        return [*slice_controls(self.stack), vertebra_control(self.stack), *show_controls(self.stack), *window_controls(self.stack)]
+
+    @cached_property
+    def box(self) -> widgets.VBox:
+        "Controls above, the picture, what is at the crosshair, and the keys."
+        self.plane, self.following, self.heard, self.worker = PLANES[self.planes][0], False, deque(), ThreadPoolExecutor(1)
+        self.image, self.words = widgets.Image(format="png", layout={"align_self": "flex-start", "max_width": "100%"}), widgets.HTML()
+        planes = widgets.ToggleButtons(options=list(PLANES), value=self.planes, style={"button_width": "80px"})
+        planes.observe(lambda change: self.change(planes=change["new"]), "value")
+        for control in self.controls:
+            control.widget.value = control.read(self.look)
+            control.widget.observe(lambda change, control=control: self.on_control(control, change["new"]), "value")
+        Event(source=self.image, watched_events=["wheel", "click", "keydown"], prevent_default_action=True).on_dom_event(self.hear)
+        shown, flow = [control.widget for control in self.controls], widgets.Layout(flex_flow="row wrap")
+        rows = [widgets.HBox(part, layout=flow) for part in ([planes, shown[3]], shown[:3], shown[4:])]
+        self.refresh()
+        return widgets.VBox([*rows, self.image, self.words, widgets.HTML(f"<small>{KEYS}</small>")])
 
     def refresh(self) -> None:
         "Bring the live picture, the words and the controls up to date."
@@ -293,10 +311,17 @@ class SliceViewer(Viewer):
         self.following = False
         self.record_soon()
 
-    def after(self, look, event: dict):
+    def on_control(self, control: Control, value) -> None:
+        "A person moved a control."
+        with self.lock:
+            if not self.following:
+                self.change(control.write(self.look, value))
+
+    def after(self, look: Look, event: dict) -> Look:
         "The look after a wheel, click or key, as `ipyevents` tells of it."
         under = self.live.voxel_at(event["dataX"], event["dataY"]) if "dataX" in event else None
-        self.plane = under[0] if under else self.plane
+        planes = PLANES[self.planes]
+        self.plane = under[0] if under else self.plane if self.plane in planes else planes[0]
         if event["type"] == "wheel":
             return step_slice(self.stack, look, self.plane, -int(np.sign(event["deltaY"])))
         if event["type"] == "keydown":
@@ -306,7 +331,7 @@ class SliceViewer(Viewer):
     def hear(self, event: dict) -> None:
         "Take note of an event; draw when the last picture is done, once for all that came meanwhile."
         self.heard.append(event)
-        self.worker.submit(self.follow)
+        self.worker.submit(self.follow).add_done_callback(lambda done: done.exception() and traceback.print_exception(done.exception()))
 
     def follow(self) -> None:
         "Show what all events so far have led to."
@@ -316,38 +341,12 @@ class SliceViewer(Viewer):
                 look = self.after(look, self.heard.popleft())
             self.change(look)
 
-    def on_control(self, control: Control, value) -> None:
-        "A person moved a control."
-        if not self.following:
-            self.change(control.write(self.look, value))
-
-    @cached_property
-    def controls(self) -> list[Control]:
-        "All that can be set, but for the planes."
-        return [*slice_controls(self.stack), vertebra_control(self.stack), *show_controls(self.stack), *window_controls(self.stack)]
-
-    @cached_property
-    def box(self) -> widgets.VBox:
-        "Controls above, the picture, what is at the crosshair, and the keys."
-        self.image, self.words = widgets.Image(format="png", layout={"align_self": "flex-start", "max_width": "100%"}), widgets.HTML()
-        planes = widgets.ToggleButtons(options=list(PLANES), value=self.planes, style={"button_width": "80px"})
-        planes.observe(lambda change: self.change(planes=change["new"]), "value")
-        for control in self.controls:
-            control.widget.value = control.read(self.look)
-            control.widget.observe(lambda change, control=control: self.on_control(control, change["new"]), "value")
-        Event(source=self.image, watched_events=["wheel", "click", "keydown"], prevent_default_action=True).on_dom_event(self.hear)
-        shown = [control.widget for control in self.controls]
-        flow = widgets.Layout(flex_flow="row wrap")
-        rows = [widgets.HBox(part, layout=flow) for part in ([planes, shown[3]], shown[:3], shown[4:])]
-        self.refresh()
-        return widgets.VBox([*rows, self.image, self.words, widgets.HTML(f"<small>{KEYS}</small>")])
-
-# %% ../nbs/21b_viewers.ipynb #c40f431e
+# %% ../nbs/21b_viewers.ipynb #d4a28d58
 class JacobianMap(SliceViewer):
     "Where tissue shrinks or grows; beside it volume change and residual of every vertebra."
 
     def __init__(self, result: Registration | Stack, planes: str = "sagittal", **look):
-        super().__init__(result, planes, strip=True, **{"show": "jacobian", "fade": 0.8, "outlined": ("moved",)} | look)
+        super().__init__(result, planes, strip=True, **{"show": "jacobian", "fade": 0.8} | look)
 
 
 class DeformedGrid(SliceViewer):
@@ -363,7 +362,7 @@ class Quiver(SliceViewer):
     def __init__(self, result: Registration | Stack, planes: str = "all", **look):
         super().__init__(result, planes, **{"show": "moved", "lines": "arrows"} | look)
 
-# %% ../nbs/21b_viewers.ipynb #2e570e1e
+# %% ../nbs/21b_viewers.ipynb #90b6bb32
 class Interactive(Viewer):
     "A picture that follows sliders."
 

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['finite', 'Volume', 'read_image', 'guess_modality', 'settle_modality', 'percentile', 'body_range', 'normalise',
-           'whole_numbers', 'box_text', 'onto_image', 'Labels', 'name_labels', 'warn_upside_down', 'read_labels',
-           'write_labels']
+           'whole_numbers', 'box_text', 'onto_image', 'Labels', 'name_labels', 'renumber', 'warn_upside_down',
+           'read_labels', 'write_labels']
 
 # %% ../nbs/02b_volumes.ipynb #d8515ee1
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -204,6 +204,16 @@ def name_labels(
         number[value] = names.index(name) + 1
     first = {name: value for value, name in reversed(table.items())}
     return torch.from_numpy(number[values]), names, tuple(first[name] for name in names)
+
+# %% ../nbs/02b_volumes.ipynb #9a1c968a
+def renumber(
+    labels: Int[Tensor, "i j k"],  # 0 background, k the k-th of `own`
+    own: Sequence[str],
+    names: Sequence[str],
+) -> Int[Tensor, "i j k"]:  # 0 background, k the k-th of `names`
+    "The same vertebrae under the numbers of another list of names."
+    table = torch.tensor([0, *(names.index(name) + 1 if name in names else 0 for name in own)], dtype=torch.int32, device=labels.device)
+    return table[labels.long()]
 
 # %% ../nbs/02b_volumes.ipynb #c5159ee0
 def warn_upside_down(

@@ -46,7 +46,8 @@ def step_of(number, of=10, stage="similarity", weights=None, cases=("a", "b"), *
         asked.append(case)
         return view(0.3 + 0.5 * case), {"dice_before": 0.5, "dice_after": 0.6 + 0.3 * number / of, "folding_percent": 0.0, "residual_median_mm": 0.2}
 
-    values = {"loss": 2 / number, "similarity": 1 / number, "diffusion": 0.1 * number, "gradient_norm": 1.0, "epoch": 1, "stage": stage}
+    values = {"epoch": 1, "stage": stage, "step": number, "loss": 2 / number, "similarity": 1 / number}
+    values |= {"diffusion": 0.1 * number, "gradient_norm": 1.0}
     step = Step(values | row, number / of, dict(WEIGHTS) if weights is None else weights, look, cases)
     step.asked = asked
     return step
@@ -65,7 +66,17 @@ def test_a_thinned_curve_keeps_its_mean_and_its_ends(values, points):
 def test_limits_hold_all_values_and_then_stay(values, log):
     limits = grow((0.9, 1.1), np.array(values), log)
     assert limits[0] <= min(values) and max(values) <= limits[1]
-    assert grow(limits, np.array(values), log) == limits or max(values) - min(values) <= 0.2 * (limits[1] - limits[0])
+    spread = np.log(max(values) / min(values)) / np.log(limits[1] / limits[0]) if log else np.ptp(values) / (limits[1] - limits[0])
+    assert grow(limits, np.array(values), log) == limits or spread <= 0.15
+
+
+def test_axes_are_drawn_anew_only_now_and_then():
+    """A curve that grows slowly, on a logarithmic scale, changes its limits a few times in a hundred steps."""
+    limits, changes = (0.9, 1.1), 0
+    for n in range(1, 101):
+        values = np.exp(np.linspace(0, n / 25, n + 1))
+        changes += limits != (limits := grow(limits, values, True))
+    assert changes < 20
 
 
 def test_the_curves_and_the_slices_of_a_run_are_drawn():
@@ -90,19 +101,71 @@ def test_what_is_drawn_fast_is_what_the_whole_figure_looks_like():
     assert fast.shape == whole.shape and (np.abs(fast - whole).max(-1) > 30).mean() < 0.002
 
 
-def test_d3_stop_holds_for_one_run_and_weights_for_the_next_step():
-    """D3: the step that hears of it is the last; the same monitor can watch the training that is resumed."""
+def test_d3_stop_and_weights_are_granted_at_the_next_step_and_once():
+    """D3: the step that hears of Stop is the last."""
     monitor, weights = TrainingMonitor(), dict(WEIGHTS)
     monitor(step_of(1, weights=weights))
+    monitor.wishes.weights |= {"diffusion": 0.5, "of_another_run": 1.0}
+    monitor(step_of(2, weights=weights))
+    assert weights == WEIGHTS | {"diffusion": 0.5} and monitor.changes == ["step 2: diffusion 0.02 to 0.5"]
+    weights["diffusion"] = 0.7  # by another hand
+    monitor.wishes.stop = True
+    last = step_of(3, weights=weights)
+    monitor(last)
+    assert last.stop and weights["diffusion"] == 0.7 and "stopped" in monitor.live.words.get_text()
+
+
+@pytest.mark.parametrize("ends", ["stopped", "done", "failed"])
+def test_a_monitor_can_watch_another_run(ends, monkeypatch):
+    """It shows itself anew, and nothing of the first run is left: no wish, no curve, no size."""
+    shown = []
+    monkeypatch.setattr("spinereg.monitor.display", shown.append)
+    monitor, weights = TrainingMonitor(), dict(WEIGHTS)
+    monitor(step_of(1))
+    monitor.wishes.stop = ends == "stopped"
+    monitor(step_of(10 if ends == "done" else 4))
     monitor.wishes.stop = True
     monitor.wishes.weights["diffusion"] = 0.5
-    last = step_of(2, weights=weights)
-    monitor(last)
-    assert last.stop and weights["diffusion"] == 0.5 and monitor.changes == ["step 2: diffusion 0.02 to 0.5"]
-    assert "stopped" in monitor.live.words.get_text()
-    again = step_of(3, weights=weights)
-    monitor(again)
-    assert not again.stop
+    first = step_of(3, of=30, weights=weights)
+    monitor(first)
+    assert not first.stop and weights == WEIGHTS and monitor.log.steps == 1 and len(shown) == 2
+    assert monitor.log.first == 3, "a training that goes on keeps its count"
+    monitor(step_of(4, of=30, weights=weights))
+    assert monitor.live.curves[0].lines["loss"].get_xdata().tolist() in ([3], [3, 4]) and monitor.live.curves[0].ax.get_xlim()[0] == 2
+
+
+def test_slices_keep_their_size_in_mm_when_the_case_or_the_level_changes():
+    """The outline lies around the bright box, whatever the size of the first look."""
+    monitor, sizes = TrainingMonitor(share=1.0), iter([(12, 20, 24), (12, 40, 80), (6, 20, 40)])
+
+    def boxes(shape):
+        grid = Grid(shape, np.diag([24 / shape[0]] * 3 + [1.0]))
+        labels = torch.zeros(shape, dtype=torch.int32)
+        labels[:, shape[1] // 4 : shape[1] // 2, shape[2] // 4 : shape[2] // 2] = 1
+        return Overview(grid, *[(labels > 0).float()] * 3, labels, labels, ("L1",), torch.ones(shape))
+
+    for number in (1, 2, 10):
+        monitor.looks = Budget(1.0, every_s=0.0)
+        step = step_of(number)
+        shape = next(sizes)
+        step.look = lambda case=0, shape=shape: (boxes(shape), {})
+        monitor(step)
+        if monitor.live.grid.shape != shape:
+            monitor.look(step)
+        panel, shown = monitor.live.panels[0], pixels(monitor.png())
+        [outline] = [segment for segment in panel.solid.get_segments() if len(segment)]
+        box, ends = panel.ax.bbox, panel.ax.transData.transform(outline)
+        top, bottom, left, right = (int(n) for n in (monitor.live.bbox.height - box.y1, monitor.live.bbox.height - box.y0, box.x0, box.x1))
+        rows, columns = np.nonzero(shown[top + 18 : bottom - 18, left + 18 : right - 18].min(-1) > 240)
+        mm = box.height / monitor.live.grid.size_mm[2]
+        assert abs(columns.mean() + left + 18 - ends[:, 0].mean()) < mm * 24 / shape[0] + 3
+        assert abs(monitor.live.bbox.height - (rows.mean() + top + 18) - ends[:, 1].mean()) < mm * 24 / shape[0] + 3
+        assert box.height / box.width == pytest.approx(shape[2] / shape[1], rel=0.01)
+
+
+def test_a_case_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match=r"case=2: expected a number from 0 to 1 \(a, b\)"):
+        TrainingMonitor(case=2)(step_of(1))
 
 
 def test_pause_holds_the_run_until_it_is_released():
@@ -120,7 +183,7 @@ def test_a_slider_begins_where_the_browser_does_not_round_it_and_is_off_at_its_e
     """A first value off the slider's steps would come back rounded, and change a weight that nobody touched."""
     wishes, step = Wishes(), step_of(1)
     buttons = Buttons(wishes)
-    buttons.offer(step, choose=print)
+    buttons.offer(step, 0, choose=print)
     slider = buttons.sliders[name]
     steps = (np.log10(slider.value) - slider.min) / slider.step
     assert steps == pytest.approx(round(steps), abs=1e-6) and wishes.weights == {}
@@ -176,7 +239,7 @@ def test_d4_ten_thousand_steps_do_not_fill_the_memory():
     grown, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert grown < 20e6 and monitor.log.steps == 10000
-    monitor.live.turn_curves(monitor.log.traces, monitor.log.begins)
+    monitor.live.turn_curves(monitor.log)
     assert max(len(line.get_xdata()) for curves in monitor.live.curves for line in curves.lines.values()) <= 400
 
 

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from spinereg.data import PrepareCase, case_dataset, find_cases
 from spinereg.labels import VERTEBRAE
+from spinereg.metrics import mean_dice
 from spinereg.networks import UNet, load_network
 from spinereg.steering import weights_changed
 from spinereg.training import (
@@ -32,7 +33,6 @@ from spinereg.training import (
     load_checkpoint,
     loss_terms,
     make_accelerator,
-    mean_dice,
     move_batch,
     on_device,
     score,
@@ -369,7 +369,8 @@ def test_d3_a_stop_in_the_midst_of_an_epoch_loses_nothing(four, quick, tmp_path)
     """D3, C12: the step is finished, a checkpoint written, nothing more done; resumed, the training is the same to the last bit."""
     stopped = fit(out_dir=tmp_path, epochs_similarity=2, epochs_rigidity=2, on_step=at_step(5, lambda step: setattr(step, "stop", True)), **quick)
     assert stopped.stopped and list(stopped.steps.step) == [1, 2, 3, 4, 5] and len(stopped.epochs) == 2
-    assert stopped.weights == tmp_path / "best.safetensors" and state(tmp_path)["taken"] == 1
+    assert stopped.weights == tmp_path / "last.safetensors", "the second stage has no best weights yet"
+    assert state(tmp_path)["taken"] == 1
     resumed = fit(out_dir=tmp_path, epochs_similarity=2, epochs_rigidity=2, resume=True, **quick)
     assert not resumed.stopped and equal(four[1].network.state_dict(), resumed.network.state_dict())
     one, other = state(four[0]), state(tmp_path)
@@ -393,8 +394,38 @@ def test_a_changed_weight_counts_from_the_next_step_and_is_logged_with_it(four, 
     np.testing.assert_allclose(total, steps.loss, rtol=1e-5)
     pd.testing.assert_frame_equal(steps.iloc[:6], four[1].steps.iloc[:6])
     assert steps.iloc[7].similarity != four[1].steps.iloc[7].similarity
-    fit(out_dir=tmp_path, epochs_similarity=2, epochs_rigidity=3, resume=True, **quick)
-    assert "the weight of orthonormality 7 -> 0.005" in capsys.readouterr().out
+    resumed = fit(out_dir=tmp_path, epochs_similarity=2, epochs_rigidity=3, resume=True, **quick).steps
+    assert "the weight of orthonormality 7, as it was changed on the way" in capsys.readouterr().out and resumed.iloc[-1].weight_orthonormality == 7.0
+    resumed = fit(out_dir=tmp_path, epochs_similarity=2, epochs_rigidity=4, resume=True, weight_oc=0.3, **quick).steps
+    assert resumed.iloc[-1].weight_orthonormality == 0.3, "a parameter that is given anew counts"
+
+
+def test_all_weights_may_be_zero_and_numbers_may_be_of_any_kind(quick, tmp_path):
+    def change(step):
+        step.weights.update(similarity=np.float64(0.0), diffusion=np.float32(0.0))
+        step.stop = step.row["step"] == 2
+
+    steps = fit(out_dir=tmp_path, epochs_similarity=1, epochs_rigidity=0, on_step=change, **quick).steps
+    assert steps.loss.iloc[1] == 0
+    assert fit(out_dir=tmp_path, epochs_similarity=2, epochs_rigidity=0, resume=True, **quick).steps.loss.iloc[-1] == 0
+
+
+def test_a_stop_among_steps_that_are_skipped_keeps_the_last_good_checkpoint(quick, tmp_path, capsys):
+    fit(out_dir=tmp_path, epochs_similarity=1, epochs_rigidity=0, **quick)
+    good = state(tmp_path)
+
+    def spoil(step):
+        step.weights["diffusion"] = float("nan")
+        step.stop = step.row["step"] == 4
+
+    fit(out_dir=tmp_path, epochs_similarity=2, epochs_rigidity=0, resume=True, on_step=spoil, **quick)
+    assert "step skipped" in capsys.readouterr().out and equal(good["network"], state(tmp_path)["network"]) and state(tmp_path)["epoch"] == 1
+
+
+def test_the_rest_of_an_epoch_is_only_taken_in_the_same_portions(quick, tmp_path):
+    fit(out_dir=tmp_path, epochs_similarity=1, epochs_rigidity=0, on_step=at_step(1, lambda step: setattr(step, "stop", True)), **quick)
+    with pytest.raises(ValueError, match="resume: batch_size=2, was 1"):
+        fit(out_dir=tmp_path, epochs_similarity=1, epochs_rigidity=0, resume=True, batch_size=2, **quick)
 
 
 def test_a_look_shows_a_case_as_the_network_sees_it_now_and_changes_nothing(four, quick, tmp_path):
