@@ -7,7 +7,7 @@ __all__ = ['POINTS', 'TERMS', 'CURVES', 'thin', 'Curves', 'make_curves', 'grow',
            'MonitorPicture', 'Budget', 'listen', 'usage', 'clock', 'Wishes', 'Buttons', 'waiting', 'MonitorViewer',
            'TrainingMonitor']
 
-# %% ../nbs/22_monitor.ipynb #27093e4f
+# %% ../nbs/22_monitor.ipynb #97bbd586
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +31,7 @@ from .steering import Step
 from .viewers import Viewer
 from .viz import COLOURS, SAGITTAL, Overview, Picture
 
-# %% ../nbs/22_monitor.ipynb #1708b3ad
+# %% ../nbs/22_monitor.ipynb #2d540b8b
 POINTS = 400
 
 
@@ -47,7 +47,7 @@ def thin(
     count = (~np.isnan(table)).sum(1)
     return steps + (stretch + 1) / 2, np.nansum(table, 1) / np.where(count, count, np.nan)
 
-# %% ../nbs/22_monitor.ipynb #d179ac53
+# %% ../nbs/22_monitor.ipynb #408e1f03
 class Curves(NamedTuple):
     "A panel of curves over the steps."
 
@@ -70,12 +70,12 @@ def make_curves(
     ax.set_yscale("log" if log else "linear")
     ax.set(xlim=(0, 20), ylim=(0.9, 1.1))
     ax.set_title(title, fontsize=9)
-    ax.tick_params(labelsize=7)
+    ax.tick_params(labelsize=7, which="both")
     if len(columns) > 1:
         ax.legend(fontsize=6, loc="upper right")
     return Curves(ax, lines, marks, empty)
 
-# %% ../nbs/22_monitor.ipynb #52e69b86
+# %% ../nbs/22_monitor.ipynb #30d3a8b6
 def grow(
     limits: tuple[float, float],
     values: np.ndarray,
@@ -91,7 +91,7 @@ def grow(
     room = 0.3 * (high - low) or 0.1 * abs(high) or 1.0
     return low - room, high + room
 
-# %% ../nbs/22_monitor.ipynb #4b170515
+# %% ../nbs/22_monitor.ipynb #edec61c9
 def turn_curves(
     curves: Curves,
     traces: Mapping[str, Sequence[float]],
@@ -114,7 +114,7 @@ def turn_curves(
     curves.marks.set_segments([[(begin, 0), (begin, 1)] for begin in begins])
     return before != (ax.get_xlim(), ax.get_ylim())
 
-# %% ../nbs/22_monitor.ipynb #589fff3c
+# %% ../nbs/22_monitor.ipynb #fefe72da
 TERMS = ("diffusion", "orthonormality", "properness", "rigid_dice", "rigid_field")
 CURVES = (  # columns of the steps' rows, title, logarithmic
     (("loss", "similarity"), "loss and similarity", False),
@@ -165,7 +165,7 @@ def new_log() -> Log:
     "An empty log of all that is drawn."
     return Log({name: [] for columns, *_ in CURVES for name in columns})
 
-# %% ../nbs/22_monitor.ipynb #b4baeb36
+# %% ../nbs/22_monitor.ipynb #ff67019a
 def view_stack(
     view: Overview,
 ) -> Stack:
@@ -210,7 +210,7 @@ class MonitorPicture(LivePicture):
         if any([turn_curves(curves, log.traces, log.first, log.begins) for curves in self.curves]):
             self.still = None
 
-# %% ../nbs/22_monitor.ipynb #4fe8ef20
+# %% ../nbs/22_monitor.ipynb #8ebee3cf
 class Budget:
     "Time that may be spent beside a run on one thing."
 
@@ -234,7 +234,7 @@ class Budget:
         self.cost = self.last - began
         self.spent += self.cost
 
-# %% ../nbs/22_monitor.ipynb #fcfa97dd
+# %% ../nbs/22_monitor.ipynb #64ea0a31
 def listen(
     controls: Sequence[widgets.Widget],
 ) -> None:
@@ -263,7 +263,7 @@ def clock(
     minutes, rest = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
 
-# %% ../nbs/22_monitor.ipynb #9fd372bd
+# %% ../nbs/22_monitor.ipynb #ea495f03
 @dataclass
 class Wishes:
     "What a person asks of a run."
@@ -323,7 +323,7 @@ class Buttons:
         "Every widget that a person may touch."
         return [self.stop, self.pause, *([self.case] if self.case else []), *self.sliders.values()]
 
-# %% ../nbs/22_monitor.ipynb #93a2f76b
+# %% ../nbs/22_monitor.ipynb #57bf23dd
 def waiting() -> Picture:
     "What a monitor shows before the first step."
     fig = Picture(figsize=(4, 0.4))
@@ -398,7 +398,7 @@ class MonitorViewer(Viewer):
         self.case = case
         self.looks.cost = 0.0
 
-# %% ../nbs/22_monitor.ipynb #ab9cbef8
+# %% ../nbs/22_monitor.ipynb #23146e93
 class TrainingMonitor(MonitorViewer):
     "Watch `fit` or `register` while it runs, pause and stop it, change its weights: give it as `on_step`."
 
