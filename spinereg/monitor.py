@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['POINTS', 'TERMS', 'CURVES', 'thin', 'Curves', 'make_curves', 'grow', 'turn_curves', 'Log', 'new_log', 'view_stack',
-           'MonitorPicture', 'Budget', 'listen', 'usage', 'clock', 'Wishes', 'Buttons', 'waiting', 'MonitorViewer',
-           'TrainingMonitor']
+           'MonitorPicture', 'Budget', 'listen', 'usage', 'clock', 'progress', 'Wishes', 'Buttons', 'waiting',
+           'MonitorViewer', 'TrainingMonitor']
 
-# %% ../nbs/22_monitor.ipynb #97bbd586
+# %% ../nbs/22_monitor.ipynb #bc777a6e
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +31,7 @@ from .steering import Step
 from .viewers import Viewer
 from .viz import COLOURS, SAGITTAL, Overview, Picture
 
-# %% ../nbs/22_monitor.ipynb #2d540b8b
+# %% ../nbs/22_monitor.ipynb #de91d1e5
 POINTS = 400
 
 
@@ -47,7 +47,7 @@ def thin(
     count = (~np.isnan(table)).sum(1)
     return steps + (stretch + 1) / 2, np.nansum(table, 1) / np.where(count, count, np.nan)
 
-# %% ../nbs/22_monitor.ipynb #408e1f03
+# %% ../nbs/22_monitor.ipynb #41698797
 class Curves(NamedTuple):
     "A panel of curves over the steps."
 
@@ -75,7 +75,7 @@ def make_curves(
         ax.legend(fontsize=6, loc="upper right")
     return Curves(ax, lines, marks, empty)
 
-# %% ../nbs/22_monitor.ipynb #30d3a8b6
+# %% ../nbs/22_monitor.ipynb #9bd06f0c
 def grow(
     limits: tuple[float, float],
     values: np.ndarray,
@@ -91,7 +91,7 @@ def grow(
     room = 0.3 * (high - low) or 0.1 * abs(high) or 1.0
     return low - room, high + room
 
-# %% ../nbs/22_monitor.ipynb #edec61c9
+# %% ../nbs/22_monitor.ipynb #8adcaea5
 def turn_curves(
     curves: Curves,
     traces: Mapping[str, Sequence[float]],
@@ -114,7 +114,7 @@ def turn_curves(
     curves.marks.set_segments([[(begin, 0), (begin, 1)] for begin in begins])
     return before != (ax.get_xlim(), ax.get_ylim())
 
-# %% ../nbs/22_monitor.ipynb #fefe72da
+# %% ../nbs/22_monitor.ipynb #a147bf90
 TERMS = ("diffusion", "orthonormality", "properness", "rigid_dice", "rigid_field")
 CURVES = (  # columns of the steps' rows, title, logarithmic
     (("loss", "similarity"), "loss and similarity", False),
@@ -165,7 +165,7 @@ def new_log() -> Log:
     "An empty log of all that is drawn."
     return Log({name: [] for columns, *_ in CURVES for name in columns})
 
-# %% ../nbs/22_monitor.ipynb #ff67019a
+# %% ../nbs/22_monitor.ipynb #b0cba6f3
 def view_stack(
     view: Overview,
 ) -> Stack:
@@ -210,7 +210,7 @@ class MonitorPicture(LivePicture):
         if any([turn_curves(curves, log.traces, log.first, log.begins) for curves in self.curves]):
             self.still = None
 
-# %% ../nbs/22_monitor.ipynb #8ebee3cf
+# %% ../nbs/22_monitor.ipynb #30862d89
 class Budget:
     "Time that may be spent beside a run on one thing."
 
@@ -234,7 +234,7 @@ class Budget:
         self.cost = self.last - began
         self.spent += self.cost
 
-# %% ../nbs/22_monitor.ipynb #64ea0a31
+# %% ../nbs/22_monitor.ipynb #020c50cb
 def listen(
     controls: Sequence[widgets.Widget],
 ) -> None:
@@ -263,7 +263,20 @@ def clock(
     minutes, rest = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
 
-# %% ../nbs/22_monitor.ipynb #ea495f03
+# %% ../nbs/22_monitor.ipynb #49dd71d2
+def progress(
+    step: Step,
+    began_s: float,  # by `time.perf_counter`
+    done: float,  # share of the work that was done then
+    over: bool,  # no step follows
+) -> str:
+    "Where a run is, and how long it will take at the pace so far."
+    where = f"epoch {step.row['epoch']}, {step.row['stage']}" if "epoch" in step.row else f"{step.row['level_mm']:g} mm"
+    left = (time.perf_counter() - began_s) * (1 - step.done) / max(step.done - done, 1e-9)
+    state = ("stopped" if step.done < 1 else "done") if over else f"{clock(left)} left" if step.done > done else "begun"
+    return f"({where})   {step.done:.0%}   {state}"
+
+# %% ../nbs/22_monitor.ipynb #5e046997
 @dataclass
 class Wishes:
     "What a person asks of a run."
@@ -323,7 +336,7 @@ class Buttons:
         "Every widget that a person may touch."
         return [self.stop, self.pause, *([self.case] if self.case else []), *self.sliders.values()]
 
-# %% ../nbs/22_monitor.ipynb #57bf23dd
+# %% ../nbs/22_monitor.ipynb #385aa9a0
 def waiting() -> Picture:
     "What a monitor shows before the first step."
     fig = Picture(figsize=(4, 0.4))
@@ -365,22 +378,14 @@ class MonitorViewer(Viewer):
         began = time.perf_counter()
         with self.lock:
             self.live.turn_curves(self.log)
-            self.live.words.set_text(self.heading(step, over))
+            case = step.cases[self.case] if step.cases else "this pair"
+            words = [f"step {self.log.last}", progress(step, *self.began, over), usage(), f"slices: {case}", *self.changes[-3:]]
+            self.live.words.set_text("   ".join(words))
             png = self.live.png()
             if "box" in self.__dict__:
                 self.image.value = png
             self.record(png)
         self.draws.spend(began)
-
-    def heading(self, step: Step, over: bool) -> str:
-        "Where the run is, how long it will take, what it uses, which weights were changed."
-        where = f"epoch {step.row['epoch']}, {step.row['stage']}" if "epoch" in step.row else f"{step.row['level_mm']:g} mm"
-        (then, done), now = self.began, time.perf_counter()
-        left = (now - then) * (1 - step.done) / max(step.done - done, 1e-9)
-        state = ("stopped" if step.done < 1 else "done") if over else f"{clock(left)} left" if step.done > done else "begun"
-        case = step.cases[self.case] if step.cases else "this pair"
-        words = [f"step {self.log.last} ({where})", f"{step.done:.0%}", state, usage(), f"slices: {case}", *self.changes[-3:]]
-        return "   ".join(words)
 
     def png(self) -> bytes:
         "The picture as it is now."
@@ -398,7 +403,7 @@ class MonitorViewer(Viewer):
         self.case = case
         self.looks.cost = 0.0
 
-# %% ../nbs/22_monitor.ipynb #23146e93
+# %% ../nbs/22_monitor.ipynb #d53eb223
 class TrainingMonitor(MonitorViewer):
     "Watch `fit` or `register` while it runs, pause and stop it, change its weights: give it as `on_step`."
 

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['CT_WINDOWS_HU', 'SHOW', 'ORANGE', 'BLUE', 'JACOBIAN_COLOURS', 'UNITS', 'LivePicture', 'nearest', 'Stack',
-           'images_onto', 'pair_stack', 'result_stack', 'grey', 'mix', 'jacobian_colours', 'grid_lines', 'arrows',
-           'Look', 'auto_window', 'vertebrae_at', 'label_centre', 'showable', 'usual_outlines', 'check_look',
+           'images_onto', 'pair_stack', 'result_stack', 'grey', 'mix', 'jacobian_colours', 'in_plane', 'grid_lines',
+           'arrows', 'Look', 'auto_window', 'vertebrae_at', 'label_centre', 'showable', 'usual_outlines', 'check_look',
            'first_look', 'describe_point', 'slice_colours', 'Panel', 'make_panel', 'turn_panel', 'draw_strip',
            'draw_scale', 'SlicePicture']
 
-# %% ../nbs/21a_slices.ipynb #e4c283eb
+# %% ../nbs/21a_slices.ipynb #1913abc3
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -37,7 +37,7 @@ from .results import Registration
 from .viz import AXIAL, CORONAL, SAGITTAL, Picture, Plane, cut, find_outlines, show_slice
 from .volumes import renumber
 
-# %% ../nbs/21a_slices.ipynb #7a0a8c4e
+# %% ../nbs/21a_slices.ipynb #ed931e28
 class LivePicture(Picture):
     "A figure of which a few artists change; only those are drawn again."
 
@@ -92,7 +92,7 @@ def nearest(
     at = (np.arange(pixels.start, pixels.stop) + 0.5 - low) / (high - low) * n
     return pixels, at.clip(0, n - 1).astype(int)
 
-# %% ../nbs/21a_slices.ipynb #e060051f
+# %% ../nbs/21a_slices.ipynb #35e86dee
 class Stack(NamedTuple):
     "Images, label maps and fields on one grid."
 
@@ -147,7 +147,7 @@ def result_stack(
     disp = transform.deformation(grid)[0].cpu()
     return Stack(grid, images, modalities, labels, names, result.vertebrae, result.view.jacobian_det.cpu(), disp)
 
-# %% ../nbs/21a_slices.ipynb #c60cc938
+# %% ../nbs/21a_slices.ipynb #f4359cdf
 CT_WINDOWS_HU = {"bone": (-500.0, 1300.0), "spine": (-250.0, 1250.0), "soft tissue": (-160.0, 240.0), "all": (-1000.0, 2000.0)}
 SHOW = ("fixed", "moving", "moved", "blend", "colours", "checkerboard", "difference", "jacobian")
 ORANGE, BLUE = np.array([1.0, 0.5, 0.0], np.float32), np.array([0.0, 0.5, 1.0], np.float32)
@@ -179,7 +179,7 @@ def mix(
         return np.where((rows[:, None] + columns) % 2 == 0, one, other)[..., None]
     return ((1 - fade) * one + fade * other)[..., None]
 
-# %% ../nbs/21a_slices.ipynb #d0521459
+# %% ../nbs/21a_slices.ipynb #361fa141
 JACOBIAN_COLOURS = matplotlib.colormaps["RdBu_r"](np.linspace(0, 1, 256))[:, :3].astype(np.float32)
 
 
@@ -191,7 +191,21 @@ def jacobian_colours(
     place = np.clip((det - 1) / half_range, -1, 1) * 127.5 + 127.5
     return np.where(det[..., None] > 0, JACOBIAN_COLOURS[place.round().astype(int)], 0)
 
-# %% ../nbs/21a_slices.ipynb #23034cfb
+# %% ../nbs/21a_slices.ipynb #9a45a9e5
+def in_plane(
+    disp: Float[Tensor, "3 i j k"],  # mm, along the axes of the grid
+    grid: Grid,
+    plane: Plane,
+    index: int,  # along the axis that is cut
+    every_mm: float,
+) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:  # (rows, columns, 2) places and displacements, mm across and up; voxels between two shown
+    "What a displacement does within a slice."
+    u = np.stack([cut(disp[axis], plane, index) for axis in (plane.across, plane.up)], -1)
+    up, across = ((np.arange(n) + 0.5) * mm for n, mm in zip(u.shape, grid.spacing_mm[[plane.up, plane.across]]))
+    step = tuple(max(round(every_mm / mm), 1) for mm in grid.spacing_mm[[plane.up, plane.across]])
+    return np.stack(np.meshgrid(across, up), -1), u, step
+
+
 def grid_lines(
     disp: Float[Tensor, "3 i j k"],  # mm, along the axes of the grid
     grid: Grid,
@@ -200,11 +214,8 @@ def grid_lines(
     every_mm: float = 10.0,
 ) -> list[np.ndarray]:  # (points, 2) mm across and up, from the slice's lower corner
     "Straight lines of a slice, carried by the in-plane part of a displacement."
-    u = np.stack([cut(disp[axis], plane, index) for axis in (plane.across, plane.up)], -1)
-    spacing = grid.spacing_mm[[plane.up, plane.across]]
-    up, across = ((np.arange(n) + 0.5) * mm for n, mm in zip(u.shape, spacing))
-    carried = np.stack(np.meshgrid(across, up), -1) + u
-    step = np.maximum((every_mm / spacing).round().astype(int), 1)
+    places, u, step = in_plane(disp, grid, plane, index, every_mm)
+    carried = places + u
     return [*carried[step[0] // 2 :: step[0]], *carried[:, step[1] // 2 :: step[1]].swapaxes(0, 1)]
 
 
@@ -216,15 +227,11 @@ def arrows(
     every_mm: float = 10.0,
 ) -> tuple[np.ndarray, np.ndarray]:  # (n, 2) where they begin and (n, 2) their lengths, mm across and up
     "In-plane components of a displacement at points of a slice."
-    u = np.stack([cut(disp[axis], plane, index) for axis in (plane.across, plane.up)], -1)
-    spacing = grid.spacing_mm[[plane.up, plane.across]]
-    step = np.maximum((every_mm / spacing).round().astype(int), 1)
-    up, across = ((np.arange(n) + 0.5) * mm for n, mm in zip(u.shape, spacing))
-    places = np.stack(np.meshgrid(across, up), -1)
+    places, u, step = in_plane(disp, grid, plane, index, every_mm)
     some = slice(step[0] // 2, None, step[0]), slice(step[1] // 2, None, step[1])
     return places[some].reshape(-1, 2), u[some].reshape(-1, 2)
 
-# %% ../nbs/21a_slices.ipynb #14e117a7
+# %% ../nbs/21a_slices.ipynb #74f04fd3
 @dataclass(frozen=True)
 class Look:
     "What a picture of slices shows."
@@ -250,7 +257,7 @@ def auto_window(
     low, high = np.percentile(values.flatten()[:: max(values.numel() // 100_000, 1)].numpy(), percents)
     return float(low), float(high)
 
-# %% ../nbs/21a_slices.ipynb #6d9cd9e5
+# %% ../nbs/21a_slices.ipynb #7fafe519
 def vertebrae_at(
     stack: Stack,
     at: tuple[int, int, int],  # voxel
@@ -272,7 +279,7 @@ def label_centre(
     nearest = (voxels - voxels.median(0).values).norm(dim=1).argmin()
     return tuple(voxels[nearest].int().tolist())
 
-# %% ../nbs/21a_slices.ipynb #4206a271
+# %% ../nbs/21a_slices.ipynb #ba925602
 def showable(
     stack: Stack,
 ) -> list[str]:
@@ -317,7 +324,7 @@ def first_look(
     at = label_centre(stack, stack.names[len(stack.names) // 2]) if stack.names else tuple(n // 2 for n in stack.grid.shape)
     return check_look(stack, Look(**{"at": at, "windows": windows, "outlined": usual_outlines(stack)} | choices))
 
-# %% ../nbs/21a_slices.ipynb #ca973aca
+# %% ../nbs/21a_slices.ipynb #ec83ba3e
 UNITS = {"ct": " HU", "mr": ""}
 
 
@@ -338,7 +345,7 @@ def describe_point(
         vertebra = f"{name}: {pose}; residual {row.residual_rms_mm:.2f} mm, volume {row.volume_change_percent:+.1f} %"
     return f"R {x:.1f}   A {y:.1f}   S {z:.1f} mm   voxel {', '.join(map(str, at))}\n{'   '.join(values)}\n{vertebra}"
 
-# %% ../nbs/21a_slices.ipynb #c15292ba
+# %% ../nbs/21a_slices.ipynb #cd3e6bdb
 def slice_colours(
     stack: Stack,
     plane: Plane,
@@ -359,7 +366,7 @@ def slice_colours(
     colours[..., :3] = (255 * mixed).round()
     return colours
 
-# %% ../nbs/21a_slices.ipynb #d518bda7
+# %% ../nbs/21a_slices.ipynb #83322f34
 class Panel(NamedTuple):
     "One plane of a picture: the artists in it that change."
 
@@ -378,7 +385,7 @@ class Panel(NamedTuple):
         single = [self.image, self.solid, self.dashed, self.lines, *self.cross, *self.ax.texts]
         return single if self.arrows is None else [*single, self.arrows]
 
-# %% ../nbs/21a_slices.ipynb #87f75fd4
+# %% ../nbs/21a_slices.ipynb #472223c2
 def make_panel(
     ax: Axes,
     stack: Stack,
@@ -398,7 +405,7 @@ def make_panel(
     ax.set_title(plane.name, fontsize=9)
     return Panel(ax, plane, image, solid, dashed, names, lines, ends, cross)
 
-# %% ../nbs/21a_slices.ipynb #77e40c28
+# %% ../nbs/21a_slices.ipynb #b4105afa
 def turn_panel(
     panel: Panel,
     stack: Stack,
@@ -425,7 +432,7 @@ def turn_panel(
         getattr(artist, move)([(look.at[axis] + 0.5) * grid.spacing_mm[axis]] * 2)
         artist.set_visible(look.crosshair)
 
-# %% ../nbs/21a_slices.ipynb #8735c000
+# %% ../nbs/21a_slices.ipynb #f8119cdb
 def draw_strip(
     axes: Sequence[Axes],  # two
     stack: Stack,
@@ -454,7 +461,7 @@ def draw_scale(
     ax.set_title("det J", fontsize=9)
     ax.tick_params(labelsize=7)
 
-# %% ../nbs/21a_slices.ipynb #909fcf0e
+# %% ../nbs/21a_slices.ipynb #43010d14
 class SlicePicture(LivePicture):
     "Planes through one voxel of a stack."
 

@@ -7,7 +7,7 @@ __all__ = ['STILL', 'OUTLINED', 'KEYS', 'STEPS', 'PLANES', 'person_present', 'Vi
            'vertebra_control', 'ct_controls', 'mr_control', 'window_controls', 'show_controls', 'step_slice',
            'press_key', 'LiveSlices', 'SliceViewer', 'JacobianMap', 'DeformedGrid', 'Quiver', 'Interactive']
 
-# %% ../nbs/21b_viewers.ipynb #df04560f
+# %% ../nbs/21b_viewers.ipynb #20053af2
 import traceback
 from collections import deque
 from collections.abc import Callable
@@ -42,10 +42,11 @@ from spinereg.slices import (
 )
 from .viz import AXIAL, CORONAL, SAGITTAL, Picture, Plane
 
-# %% ../nbs/21b_viewers.ipynb #d73a2adb
+# %% ../nbs/21b_viewers.ipynb #bebbd4cb
 STILL = """<style class="spinereg-still">
 .jp-OutputArea-child:has(style.spinereg-still):has(+ * + * .jp-OutputArea-output .jupyter-widgets) + * {display: none}
 .jp-OutputArea-child:has(style.spinereg-still) + * + *:not(:has(.jp-OutputArea-output .jupyter-widgets)) {display: none}
+.spinereg-viewer .widget-readout {min-width: 95px}
 </style>"""
 
 
@@ -58,14 +59,11 @@ def person_present() -> bool:
 class Viewer:
     "A picture with controls; what stays in the notebook is a PNG."
 
+    png: Callable[[], bytes]  # the picture as it is now
     box: widgets.Widget  # controls and the live picture, made when first asked for
 
     def __init__(self):
         self.lock, self.handle, self.waiting = RLock(), None, None
-
-    def png(self) -> bytes:
-        "The picture as it is now."
-        raise NotImplementedError
 
     def _ipython_display_(self):
         present = person_present()
@@ -73,7 +71,7 @@ class Viewer:
             display({"text/html": STILL, "text/plain": ""}, raw=True)
         self.handle = display(Image(self.png()), display_id=True)
         if present:
-            display(self.box._repr_mimebundle_() | {"text/plain": ""}, raw=True)
+            display(self.box.add_class("spinereg-viewer")._repr_mimebundle_() | {"text/plain": ""}, raw=True)
 
     def record(self, png: bytes | None = None) -> None:
         "Leave this picture in the notebook, or the one as it is now."
@@ -89,7 +87,7 @@ class Viewer:
         self.waiting.daemon = True
         self.waiting.start()
 
-# %% ../nbs/21b_viewers.ipynb #77ea744e
+# %% ../nbs/21b_viewers.ipynb #99c2ab64
 class Control(NamedTuple):
     "A widget that shows and changes a part of a look."
 
@@ -132,7 +130,7 @@ def vertebra_control(
     under = lambda look: next(iter(vertebrae_at(stack, look.at).values()), None)  # noqa: E731
     return Control(menu, under, lambda look, name: look if name is None else replace(look, at=label_centre(stack, name)))
 
-# %% ../nbs/21b_viewers.ipynb #da306328
+# %% ../nbs/21b_viewers.ipynb #8d07955d
 def ct_controls(
     names: tuple[str, ...],  # of the CT images, which share a window
 ) -> list[Control]:  # a menu and a range
@@ -175,7 +173,7 @@ def window_controls(
     mrs = [mr_control(stack, name) for name in stack.images if stack.modalities[name] == "mr"]
     return mrs + (ct_controls(cts) if cts else [])
 
-# %% ../nbs/21b_viewers.ipynb #6566e9b7
+# %% ../nbs/21b_viewers.ipynb #82238ac0
 OUTLINED = {" and ".join(which) or "none": which for which in ((), ("moved",), ("moving",), ("fixed",), ("moved", "fixed"), ("moving", "fixed"))}
 
 
@@ -191,7 +189,7 @@ def show_controls(
         controls += [_menu("lines", ["none", "grid", "arrows"], "lines"), _slider(scale, "half_range")]
     return controls
 
-# %% ../nbs/21b_viewers.ipynb #a1b19610
+# %% ../nbs/21b_viewers.ipynb #4a2dcb34
 KEYS = "wheel, up, down, page up, page down: slice; left, right: fade; 1 to 8: what is shown; n, p: vertebra; o: outlines; c: cross; click: go there"
 STEPS = {"ArrowUp": 1, "ArrowDown": -1, "PageUp": 10, "PageDown": -10}
 
@@ -230,7 +228,7 @@ def press_key(
         return replace(look, outlined=() if look.outlined else usual_outlines(stack))
     return replace(look, crosshair=not look.crosshair) if key == "c" else look
 
-# %% ../nbs/21b_viewers.ipynb #313b596f
+# %% ../nbs/21b_viewers.ipynb #14835dd6
 PLANES = {"all": (SAGITTAL, CORONAL, AXIAL), "sagittal": (SAGITTAL,), "coronal": (CORONAL,), "axial": (AXIAL,)}
 
 
@@ -275,7 +273,7 @@ class LiveSlices(Viewer):
         "Go to the middle of a vertebra."
         self.change(at=label_centre(self.stack, name))
 
-# %% ../nbs/21b_viewers.ipynb #9e919578
+# %% ../nbs/21b_viewers.ipynb #bc93cf03
 class SliceViewer(LiveSlices):
     "Linked slices of a pair or of a registration, to scroll, fade, window and measure in."
 
@@ -341,7 +339,7 @@ class SliceViewer(LiveSlices):
                 look = self.after(look, self.heard.popleft())
             self.change(look)
 
-# %% ../nbs/21b_viewers.ipynb #d4a28d58
+# %% ../nbs/21b_viewers.ipynb #a8b44d48
 class JacobianMap(SliceViewer):
     "Where tissue shrinks or grows; beside it volume change and residual of every vertebra."
 
@@ -362,7 +360,7 @@ class Quiver(SliceViewer):
     def __init__(self, result: Registration | Stack, planes: str = "all", **look):
         super().__init__(result, planes, **{"show": "moved", "lines": "arrows"} | look)
 
-# %% ../nbs/21b_viewers.ipynb #90b6bb32
+# %% ../nbs/21b_viewers.ipynb #ee837e7d
 class Interactive(Viewer):
     "A picture that follows sliders."
 
