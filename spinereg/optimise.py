@@ -255,7 +255,7 @@ def optimise(
     work = [int(np.prod(level.grid.shape)) for level in made]
     velocity, before = start or (scene.fixed.new_zeros(1, 3, *grid.shape), grid)
     rows, done, stopped = [], 0, False
-    with tqdm(total=int(np.dot(work, steps)), bar_format=PROGRESS, mininterval=2, file=sys.stdout) as bar:
+    with tqdm(total=int(np.dot(work, steps)), bar_format=PROGRESS, mininterval=2, delay=0.1, file=sys.stdout) as bar:
         for level, count, voxels in zip(made, steps, work):
             parameter = resample_field(velocity, before, level.velocity_grid).requires_grad_()
             for row in descend(scene, level, parameter, count, step_mm, similarity, weights, 1.0 if level is made[-1] else 0.03):

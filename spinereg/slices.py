@@ -9,7 +9,7 @@ __all__ = ['CT_WINDOWS_HU', 'SHOW', 'ORANGE', 'BLUE', 'JACOBIAN_COLOURS', 'UNITS
            'first_look', 'describe_point', 'slice_colours', 'Panel', 'make_panel', 'turn_panel', 'draw_strip',
            'draw_scale', 'SlicePicture']
 
-# %% ../nbs/21a_slices.ipynb #1913abc3
+# %% ../nbs/21a_slices.ipynb #8cc0d4b8
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,10 +34,10 @@ from .labels import VERTEBRAE
 from .pairs import Pair
 from .registration import read_through
 from .results import Registration
-from .viz import AXIAL, CORONAL, SAGITTAL, Picture, Plane, cut, find_outlines, show_slice
+from .viz import AXIAL, CORONAL, LETTER_BOX, SAGITTAL, Picture, Plane, cut, find_outlines, show_slice
 from .volumes import renumber
 
-# %% ../nbs/21a_slices.ipynb #ed931e28
+# %% ../nbs/21a_slices.ipynb #50909cf6
 class LivePicture(Picture):
     "A figure of which a few artists change; only those are drawn again."
 
@@ -92,7 +92,7 @@ def nearest(
     at = (np.arange(pixels.start, pixels.stop) + 0.5 - low) / (high - low) * n
     return pixels, at.clip(0, n - 1).astype(int)
 
-# %% ../nbs/21a_slices.ipynb #35e86dee
+# %% ../nbs/21a_slices.ipynb #b2a4dbbb
 class Stack(NamedTuple):
     "Images, label maps and fields on one grid."
 
@@ -147,7 +147,7 @@ def result_stack(
     disp = transform.deformation(grid)[0].cpu()
     return Stack(grid, images, modalities, labels, names, result.vertebrae, result.view.jacobian_det.cpu(), disp)
 
-# %% ../nbs/21a_slices.ipynb #f4359cdf
+# %% ../nbs/21a_slices.ipynb #2b3472a7
 CT_WINDOWS_HU = {"bone": (-500.0, 1300.0), "spine": (-250.0, 1250.0), "soft tissue": (-160.0, 240.0), "all": (-1000.0, 2000.0)}
 SHOW = ("fixed", "moving", "moved", "blend", "colours", "checkerboard", "difference", "jacobian")
 ORANGE, BLUE = np.array([1.0, 0.5, 0.0], np.float32), np.array([0.0, 0.5, 1.0], np.float32)
@@ -179,7 +179,7 @@ def mix(
         return np.where((rows[:, None] + columns) % 2 == 0, one, other)[..., None]
     return ((1 - fade) * one + fade * other)[..., None]
 
-# %% ../nbs/21a_slices.ipynb #361fa141
+# %% ../nbs/21a_slices.ipynb #c88a0412
 JACOBIAN_COLOURS = matplotlib.colormaps["RdBu_r"](np.linspace(0, 1, 256))[:, :3].astype(np.float32)
 
 
@@ -191,7 +191,7 @@ def jacobian_colours(
     place = np.clip((det - 1) / half_range, -1, 1) * 127.5 + 127.5
     return np.where(det[..., None] > 0, JACOBIAN_COLOURS[place.round().astype(int)], 0)
 
-# %% ../nbs/21a_slices.ipynb #9a45a9e5
+# %% ../nbs/21a_slices.ipynb #03ad4d78
 def in_plane(
     disp: Float[Tensor, "3 i j k"],  # mm, along the axes of the grid
     grid: Grid,
@@ -231,7 +231,7 @@ def arrows(
     some = slice(step[0] // 2, None, step[0]), slice(step[1] // 2, None, step[1])
     return places[some].reshape(-1, 2), u[some].reshape(-1, 2)
 
-# %% ../nbs/21a_slices.ipynb #74f04fd3
+# %% ../nbs/21a_slices.ipynb #25941a9b
 @dataclass(frozen=True)
 class Look:
     "What a picture of slices shows."
@@ -257,7 +257,7 @@ def auto_window(
     low, high = np.percentile(values.flatten()[:: max(values.numel() // 100_000, 1)].numpy(), percents)
     return float(low), float(high)
 
-# %% ../nbs/21a_slices.ipynb #7fafe519
+# %% ../nbs/21a_slices.ipynb #83e06587
 def vertebrae_at(
     stack: Stack,
     at: tuple[int, int, int],  # voxel
@@ -279,7 +279,7 @@ def label_centre(
     nearest = (voxels - voxels.median(0).values).norm(dim=1).argmin()
     return tuple(voxels[nearest].int().tolist())
 
-# %% ../nbs/21a_slices.ipynb #ba925602
+# %% ../nbs/21a_slices.ipynb #16ae464f
 def showable(
     stack: Stack,
 ) -> list[str]:
@@ -324,7 +324,7 @@ def first_look(
     at = label_centre(stack, stack.names[len(stack.names) // 2]) if stack.names else tuple(n // 2 for n in stack.grid.shape)
     return check_look(stack, Look(**{"at": at, "windows": windows, "outlined": usual_outlines(stack)} | choices))
 
-# %% ../nbs/21a_slices.ipynb #ec83ba3e
+# %% ../nbs/21a_slices.ipynb #b1608c67
 UNITS = {"ct": " HU", "mr": ""}
 
 
@@ -336,7 +336,7 @@ def describe_point(
     x, y, z = transform_points(stack.grid.affine, torch.tensor(at, dtype=torch.float64)).tolist()
     values = [f"{name} {image[at]:.4g}{UNITS[stack.modalities[name]]}" for name, image in stack.images.items()]
     if stack.disp is not None:
-        values += [f"det J {stack.jacobian_det[at]:.2f}", f"displacement {stack.disp[(slice(None), *at)].norm():.1f} mm"]
+        values += [f"det J {stack.jacobian_det[at]:.2f}", f"deformation {stack.disp[(slice(None), *at)].norm():.1f} mm"]
     here = vertebrae_at(stack, at)
     vertebra = ", ".join(f"{which}: {name}" for which, name in here.items()) or "no vertebra"
     if (name := here.get("moved")) in stack.vertebrae.index:
@@ -345,7 +345,7 @@ def describe_point(
         vertebra = f"{name}: {pose}; residual {row.residual_rms_mm:.2f} mm, volume {row.volume_change_percent:+.1f} %"
     return f"R {x:.1f}   A {y:.1f}   S {z:.1f} mm   voxel {', '.join(map(str, at))}\n{'   '.join(values)}\n{vertebra}"
 
-# %% ../nbs/21a_slices.ipynb #cd3e6bdb
+# %% ../nbs/21a_slices.ipynb #09eaf39a
 def slice_colours(
     stack: Stack,
     plane: Plane,
@@ -366,7 +366,7 @@ def slice_colours(
     colours[..., :3] = (255 * mixed).round()
     return colours
 
-# %% ../nbs/21a_slices.ipynb #83322f34
+# %% ../nbs/21a_slices.ipynb #a6d4250d
 class Panel(NamedTuple):
     "One plane of a picture: the artists in it that change."
 
@@ -385,7 +385,7 @@ class Panel(NamedTuple):
         single = [self.image, self.solid, self.dashed, self.lines, *self.cross, *self.ax.texts]
         return single if self.arrows is None else [*single, self.arrows]
 
-# %% ../nbs/21a_slices.ipynb #472223c2
+# %% ../nbs/21a_slices.ipynb #aecd28d5
 def make_panel(
     ax: Axes,
     stack: Stack,
@@ -393,8 +393,8 @@ def make_panel(
 ) -> Panel:
     "An empty slice with its letters, and the artists to fill it."
     image = show_slice(ax, stack.images["fixed"], stack.grid, plane, 0)
-    solid, dashed = (ax.add_collection(LineCollection([], linewidths=1.1, linestyles=style, zorder=3)) for style in ("-", "--"))
-    names = [ax.text(0, 0, "", fontsize=7, ha="center", va="center", zorder=4) for _ in stack.names]
+    solid, dashed = (ax.add_collection(LineCollection([], linewidths=1.3, linestyles=style, zorder=3)) for style in ("-", "--"))
+    names = [ax.text(0, 0, "", color="white", fontsize=7, ha="center", va="center", zorder=4, bbox=LETTER_BOX) for _ in stack.names]
     lines = ax.add_collection(LineCollection([], linewidths=0.6, colors="#56B4E9", zorder=2))
     ends = None
     if stack.disp is not None:
@@ -405,7 +405,7 @@ def make_panel(
     ax.set_title(plane.name, fontsize=9)
     return Panel(ax, plane, image, solid, dashed, names, lines, ends, cross)
 
-# %% ../nbs/21a_slices.ipynb #b4105afa
+# %% ../nbs/21a_slices.ipynb #786a2f82
 def turn_panel(
     panel: Panel,
     stack: Stack,
@@ -422,7 +422,7 @@ def turn_panel(
     for label, artist in enumerate(panel.names, start=1):
         artist.set_visible(label in written)
         if label in written:
-            artist.set(text=stack.names[label - 1], position=written[label].centre_mm, color=written[label].colour)
+            artist.set(text=stack.names[label - 1], position=written[label].centre_mm)
     if panel.arrows is not None:
         panel.lines.set_segments(grid_lines(stack.disp, grid, plane, index) if look.lines == "grid" else [])
         panel.arrows.set_visible(look.lines == "arrows")
@@ -432,7 +432,7 @@ def turn_panel(
         getattr(artist, move)([(look.at[axis] + 0.5) * grid.spacing_mm[axis]] * 2)
         artist.set_visible(look.crosshair)
 
-# %% ../nbs/21a_slices.ipynb #f8119cdb
+# %% ../nbs/21a_slices.ipynb #6c887e75
 def draw_strip(
     axes: Sequence[Axes],  # two
     stack: Stack,
@@ -461,7 +461,7 @@ def draw_scale(
     ax.set_title("det J", fontsize=9)
     ax.tick_params(labelsize=7)
 
-# %% ../nbs/21a_slices.ipynb #43010d14
+# %% ../nbs/21a_slices.ipynb #919d4599
 class SlicePicture(LivePicture):
     "Planes through one voxel of a stack."
 
@@ -474,8 +474,9 @@ class SlicePicture(LivePicture):
         words: bool = True,  # what is at the crosshair, below them
     ):
         across, up = (np.array([stack.grid.size_mm[getattr(plane, side)] for plane in planes]) for side in ("across", "up"))
-        height = min(5.0, 9.0 * up.max() / across.sum())
-        ratios = [*(across / up.max()), *((0.03, 0.3, 0.3) if strip else ())]
+        height = min(6.0 if len(planes) == 1 else 5.0, 9.0 * up.max() / across.sum())
+        beside = () if not strip else (0.03, 0.3, 0.3) if len(stack.vertebrae) else (0.03,)
+        ratios = [*(across / up.max()), *beside]
         total = height + 0.3 + 0.6 * words
         super().__init__(figsize=(height * sum(ratios) + 0.6 + strip, total), layout="constrained")
         self.get_layout_engine().set(rect=(0, 0.6 * words / total, 1, 1 - 0.6 * words / total))
@@ -483,7 +484,8 @@ class SlicePicture(LivePicture):
         self.stack, self.look = stack, look
         self.panels = [make_panel(ax, stack, plane) for ax, plane in zip(axes, planes)]
         if strip:
-            draw_scale(axes[-3], look.half_range)
+            draw_scale(axes[len(planes)], look.half_range)
+        if len(beside) > 1:
             draw_strip(axes[-2:], stack)
         self.words = self.text(0.01, 0.01, "", fontsize=8, va="bottom", linespacing=1.4, visible=words)
         self.changing = [self.words, *(artist for panel in self.panels for artist in panel.artists())]

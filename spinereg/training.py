@@ -11,7 +11,7 @@ __all__ = ['PUBLISHED', 'PRESETS', 'FIRST', 'PARAMETERS', 'STAGES', 'on_device',
            'keep', 'close_epoch', 'cut_crop', 'crops_of', 'checkpoint', 'begin_stage', 'run_epoch', 'run_training',
            'fit', 'draw_training']
 
-# %% ../nbs/18_training.ipynb #44297aa2
+# %% ../nbs/18_training.ipynb #d234e785
 import contextlib
 import io
 import itertools
@@ -58,7 +58,7 @@ from spinereg.penalties import (
 from .steering import Step, frees_memory
 from .viz import Overview, Picture
 
-# %% ../nbs/18_training.ipynb #00388588
+# %% ../nbs/18_training.ipynb #ee22ebeb
 def on_device(
     batch: Mapping[str, object],  # crops, and the names of their cases
     device: torch.device,
@@ -85,7 +85,7 @@ def move_batch(
     velocity, onto = predict(network, batch["fixed"], batch["moving"], grid)
     return move(velocity, onto, grid, batch["fixed"], batch["moving"], batch["labels"][:, 0])
 
-# %% ../nbs/18_training.ipynb #178b5b8e
+# %% ../nbs/18_training.ipynb #87cfde81
 def similarity_both_ways(
     batch: Mapping[str, Tensor],  # fixed, moving, mask: (b, 1, i, j, k)
     moved: Float[Tensor, "b 1 i j k"],  # moving image on the fixed one
@@ -120,7 +120,7 @@ def loss_terms(
         }
     return terms
 
-# %% ../nbs/18_training.ipynb #cefc1981
+# %% ../nbs/18_training.ipynb #078e584b
 PUBLISHED = {"weight_oc": 0.005, "weight_pc": 0.01, "weight_rd": 0.1, "weight_rf": 0.01}
 
 PRESETS = {  # such as "mind", "mind_pc_rf", "lncc_oc", "mind_full_pc"
@@ -144,7 +144,7 @@ def preset_parameters(
         raise ValueError(f"preset={name!r}: expected one of {', '.join(PRESETS)}")
     return PRESETS[name] if name else {}
 
-# %% ../nbs/18_training.ipynb #a3ed7f52
+# %% ../nbs/18_training.ipynb #bd30c053
 @dataclass
 class Learner:
     "What changes while a network learns."
@@ -198,7 +198,7 @@ def learn(
     row |= {"displacement_max_mm": max(longest).item(), "gradient_norm": norm.item()}
     return row | {f"weight_{name}": value for name, value in weights.items()}
 
-# %% ../nbs/18_training.ipynb #fd89e023
+# %% ../nbs/18_training.ipynb #5f964ae8
 def skip(
     learner: Learner,
     cases: Sequence[str],  # of this process
@@ -217,7 +217,7 @@ def skip(
     learner.accelerator.print(f"{said}; step skipped")
     return {"loss": math.nan} | {f"weight_{name}": value for name, value in weights.items()}
 
-# %% ../nbs/18_training.ipynb #f3c268f4
+# %% ../nbs/18_training.ipynb #e82147d7
 def measure(
     moved: Moved,
     batch: Mapping[str, Tensor],  # of one sample
@@ -239,7 +239,7 @@ def measure(
         "residual_median_mm": float(np.median([row.residual_rms_mm for row in rows])) if rows else math.nan,
     }
 
-# %% ../nbs/18_training.ipynb #7c4f8919
+# %% ../nbs/18_training.ipynb #8807623e
 @torch.no_grad()
 def validate(
     network: torch.nn.Module,
@@ -280,7 +280,7 @@ def learns_nothing(
         return f"on the validation cases nothing moves (mean displacement {moves:.3f} mm)"
     return f"on the validation cases the images are no more alike than before ({change:+.4f})" if change >= 0 else ""
 
-# %% ../nbs/18_training.ipynb #ea774d4c
+# %% ../nbs/18_training.ipynb #2c0f93a7
 def save_checkpoint(
     path: str | Path,
     learner: Learner,
@@ -344,7 +344,7 @@ def load_checkpoint(
     if torch.cuda.is_available() and len(state["random_cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["random_cuda"])
 
-# %% ../nbs/18_training.ipynb #623a36ce
+# %% ../nbs/18_training.ipynb #3be53279
 class Records(NamedTuple):
     "What happened in a training; each a list of rows."
 
@@ -386,7 +386,7 @@ def epoch_row(
     means = table.mean().to_dict() | most | {f"crop_{name}": seen[name] for name in names}
     return {"epoch": epoch, "stage": stage, "seconds": round(seconds, 2)} | means
 
-# %% ../nbs/18_training.ipynb #7b59091b
+# %% ../nbs/18_training.ipynb #ac764a74
 def check_fit(
     given: Mapping,  # arguments of `fit` by name
 ) -> None:
@@ -409,7 +409,7 @@ def check_fit(
     if wrong:
         raise ValueError("fit: " + "; ".join(wrong))
 
-# %% ../nbs/18_training.ipynb #cc491acd
+# %% ../nbs/18_training.ipynb #7e9e0363
 class Split(NamedTuple):
     "The prepared cases of train or val."
 
@@ -455,7 +455,7 @@ def prepare_splits(
         print(f"{finding.case}: {finding.reason}; what is measured on it says nothing about unseen cases. {finding.fix}")
     return splits
 
-# %% ../nbs/18_training.ipynb #09bf769f
+# %% ../nbs/18_training.ipynb #4fe28b47
 def make_accelerator(
     device: str,  # "auto", "cpu" or "cuda"
     mixed_precision: str,
@@ -476,7 +476,7 @@ def make_accelerator(
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # while one process prepares the cases
     return Accelerator(**where, log_with=None if logger == "none" else logger, project_dir=str(out_dir), kwargs_handlers=[patience])
 
-# %% ../nbs/18_training.ipynb #58f12672
+# %% ../nbs/18_training.ipynb #3dd29941
 class Fitted(NamedTuple):
     "A trained network and how it came about."
 
@@ -509,7 +509,7 @@ def begin(
         learner.accelerator.print("all of its epochs are done: nothing is trained; more epochs_similarity or epochs_rigidity train on")
     return read_records(out_dir, learner.epoch, learner.taken)
 
-# %% ../nbs/18_training.ipynb #b798ce0c
+# %% ../nbs/18_training.ipynb #42936f19
 def first_network(
     start: str | Path | None,
     full_resolution: bool,
@@ -537,7 +537,7 @@ def make_learner(
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimiser, decay)
     return Learner(*accelerator.prepare(network, optimiser), schedule, accelerator, weights=dict(weights))
 
-# %% ../nbs/18_training.ipynb #ef1bdf82
+# %% ../nbs/18_training.ipynb #17701fc3
 FIRST = ("similarity", "diffusion")
 PARAMETERS = {  # of `fit`, by term
     "diffusion": "weight_diffusion",
@@ -562,7 +562,7 @@ def weights_now(
     "The weights of the terms that the present stage pays for."
     return {name: learner.weights[name] for name in STAGES[learner.stage]}
 
-# %% ../nbs/18_training.ipynb #6b66318b
+# %% ../nbs/18_training.ipynb #4f9cee01
 @torch.no_grad()
 def look_at(
     learner: Learner,
@@ -594,7 +594,7 @@ class Reporter:
     ):
         self.learner, self.val, self.settings, self.on_step = learner, val, settings, on_step
         self.total = (settings["epochs_similarity"] + settings["epochs_rigidity"]) * per_epoch
-        self.step, shown = learner.epoch * per_epoch + learner.taken, {"bar_format": PROGRESS, "mininterval": 10, "file": sys.stdout}
+        self.step, shown = learner.epoch * per_epoch + learner.taken, {"bar_format": PROGRESS, "mininterval": 10, "delay": 0.1, "file": sys.stdout}
         self.bar = tqdm(total=self.total, initial=self.step, disable=not learner.accelerator.is_main_process, **shown)
 
     def tell(self, row: dict) -> None:
@@ -613,7 +613,7 @@ class Reporter:
         if self.on_step is not None and learner.accelerator.num_processes > 1:
             learner.weights, learner.stop = broadcast_object_list([learner.weights, learner.stop])
 
-# %% ../nbs/18_training.ipynb #c256d9a1
+# %% ../nbs/18_training.ipynb #3c4e5ce3
 def train_epoch(
     learner: Learner,
     crops: Dataset,  # of one epoch
@@ -647,7 +647,7 @@ def validate_together(
     rows = validate(network, split.cases, mine, similarity, spacing_mm, weights, accelerator.device)
     return pd.DataFrame(gather_object(rows)).sort_values("case", ignore_index=True)
 
-# %% ../nbs/18_training.ipynb #1eddf68d
+# %% ../nbs/18_training.ipynb #36447907
 def keep(
     learner: Learner,
     out_dir: Path,
@@ -682,7 +682,7 @@ def close_epoch(
     if learner.accelerator.is_main_process:
         records.write(out_dir)
 
-# %% ../nbs/18_training.ipynb #7ee9d40c
+# %% ../nbs/18_training.ipynb #babdbc90
 def cut_crop(
     crop: Sequence[int],  # voxels
     split: Split,
@@ -707,7 +707,7 @@ def crops_of(
     place = accelerator.process_index, accelerator.num_processes
     return Crops(split.cases, split.indices, transform, settings["crops_per_case"], epoch, settings["seed"], *place)
 
-# %% ../nbs/18_training.ipynb #fd8acf75
+# %% ../nbs/18_training.ipynb #e7affd49
 def checkpoint(
     learner: Learner,
     out_dir: Path,
@@ -761,7 +761,7 @@ def run_epoch(
     if learner.skipped == 0 and (learner.epoch % settings["checkpoint_every"] == 0 or learner.epoch in ends):
         checkpoint(learner, out_dir, settings)
 
-# %% ../nbs/18_training.ipynb #5a4db7fe
+# %% ../nbs/18_training.ipynb #93fd10d0
 def run_training(
     settings: dict,  # parameters of `fit`
     on_step: Callable[[Step], None] | None,
@@ -784,6 +784,9 @@ def run_training(
     try:
         while learner.epoch < total and not learner.stop:
             run_epoch(learner, train, val, records, out_dir, settings, reporter.tell)
+    except KeyboardInterrupt:
+        accelerator.print(f"interrupted after epoch {learner.epoch}; resume=True goes on from the last checkpoint")
+        raise
     finally:
         reporter.bar.close()
         accelerator.end_training()
@@ -794,7 +797,7 @@ def run_training(
     left_out = pd.concat([train.left_out, val.left_out], ignore_index=True)
     return Fitted(network, weights, *map(pd.DataFrame, records), left_out, learner.stop)
 
-# %% ../nbs/18_training.ipynb #a2ea4197
+# %% ../nbs/18_training.ipynb #16013c95
 @frees_memory
 def fit(
     data_dir: str | Path,  # folder with train and val, see `spinereg.data`
@@ -838,7 +841,7 @@ def fit(
     check_fit(settings)
     return run_training(settings, on_step)
 
-# %% ../nbs/18_training.ipynb #9ec00183
+# %% ../nbs/18_training.ipynb #25a5431a
 def draw_training(
     epochs: pd.DataFrame,  # as in `Fitted`
     validation: pd.DataFrame,  # likewise

@@ -303,7 +303,7 @@ def choose_viewer(
 ) -> tuple[str | None, str]:  # the engine to take, None when there is no viewer at all; what to tell the person
     "Check at once what is installed."
     if find_spec("ipyniivue") is None:
-        return None, "view3d: no 3-D viewer is installed, so here is a picture; to turn it, run pip install 'spinereg[viewers]', then restart"
+        return None, "view3d: no 3-D viewer is installed, so here is a picture; to turn it: %pip install ipyniivue anywidget, then restart the kernel"
     if engine == "itkwidgets" and not has_itk_viewer():
         return "niivue", (
             "view3d: the viewer of itkwidgets is not installed, and itkwidgets would take it from the internet, so here is the default viewer; "

@@ -7,7 +7,7 @@ __all__ = ['STILL', 'OUTLINED', 'KEYS', 'STEPS', 'PLANES', 'person_present', 'Vi
            'vertebra_control', 'ct_controls', 'mr_control', 'window_controls', 'show_controls', 'step_slice',
            'press_key', 'LiveSlices', 'SliceViewer', 'JacobianMap', 'DeformedGrid', 'Quiver', 'Interactive']
 
-# %% ../nbs/21b_viewers.ipynb #20053af2
+# %% ../nbs/21b_viewers.ipynb #732e56fa
 import traceback
 from collections import deque
 from collections.abc import Callable
@@ -42,11 +42,12 @@ from spinereg.slices import (
 )
 from .viz import AXIAL, CORONAL, SAGITTAL, Picture, Plane
 
-# %% ../nbs/21b_viewers.ipynb #bebbd4cb
+# %% ../nbs/21b_viewers.ipynb #43281ea9
 STILL = """<style class="spinereg-still">
 .jp-OutputArea-child:has(style.spinereg-still):has(+ * + * .jp-OutputArea-output .jupyter-widgets) + * {display: none}
 .jp-OutputArea-child:has(style.spinereg-still) + * + *:not(:has(.jp-OutputArea-output .jupyter-widgets)) {display: none}
 .spinereg-viewer .widget-readout {min-width: 95px}
+.spinereg-viewer img:focus {outline: none}
 </style>"""
 
 
@@ -87,7 +88,7 @@ class Viewer:
         self.waiting.daemon = True
         self.waiting.start()
 
-# %% ../nbs/21b_viewers.ipynb #99c2ab64
+# %% ../nbs/21b_viewers.ipynb #3ceaee05
 class Control(NamedTuple):
     "A widget that shows and changes a part of a look."
 
@@ -130,7 +131,7 @@ def vertebra_control(
     under = lambda look: next(iter(vertebrae_at(stack, look.at).values()), None)  # noqa: E731
     return Control(menu, under, lambda look, name: look if name is None else replace(look, at=label_centre(stack, name)))
 
-# %% ../nbs/21b_viewers.ipynb #8d07955d
+# %% ../nbs/21b_viewers.ipynb #96974cba
 def ct_controls(
     names: tuple[str, ...],  # of the CT images, which share a window
 ) -> list[Control]:  # a menu and a range
@@ -173,7 +174,7 @@ def window_controls(
     mrs = [mr_control(stack, name) for name in stack.images if stack.modalities[name] == "mr"]
     return mrs + (ct_controls(cts) if cts else [])
 
-# %% ../nbs/21b_viewers.ipynb #82238ac0
+# %% ../nbs/21b_viewers.ipynb #b2deaa60
 OUTLINED = {" and ".join(which) or "none": which for which in ((), ("moved",), ("moving",), ("fixed",), ("moved", "fixed"), ("moving", "fixed"))}
 
 
@@ -189,8 +190,8 @@ def show_controls(
         controls += [_menu("lines", ["none", "grid", "arrows"], "lines"), _slider(scale, "half_range")]
     return controls
 
-# %% ../nbs/21b_viewers.ipynb #4a2dcb34
-KEYS = "wheel, up, down, page up, page down: slice; left, right: fade; 1 to 8: what is shown; n, p: vertebra; o: outlines; c: cross; click: go there"
+# %% ../nbs/21b_viewers.ipynb #7fea41f5
+KEYS = "wheel, up, down, page up, page down: slice; left, right: fade; 1 to {}: what is shown; n, p: vertebra; o: outlines; c: cross; click: go there"
 STEPS = {"ArrowUp": 1, "ArrowDown": -1, "PageUp": 10, "PageDown": -10}
 
 
@@ -228,7 +229,7 @@ def press_key(
         return replace(look, outlined=() if look.outlined else usual_outlines(stack))
     return replace(look, crosshair=not look.crosshair) if key == "c" else look
 
-# %% ../nbs/21b_viewers.ipynb #14835dd6
+# %% ../nbs/21b_viewers.ipynb #f4ae9946
 PLANES = {"all": (SAGITTAL, CORONAL, AXIAL), "sagittal": (SAGITTAL,), "coronal": (CORONAL,), "axial": (AXIAL,)}
 
 
@@ -273,7 +274,7 @@ class LiveSlices(Viewer):
         "Go to the middle of a vertebra."
         self.change(at=label_centre(self.stack, name))
 
-# %% ../nbs/21b_viewers.ipynb #bc93cf03
+# %% ../nbs/21b_viewers.ipynb #401c79e0
 class SliceViewer(LiveSlices):
     "Linked slices of a pair or of a registration, to scroll, fade, window and measure in."
 
@@ -296,7 +297,7 @@ class SliceViewer(LiveSlices):
         shown, flow = [control.widget for control in self.controls], widgets.Layout(flex_flow="row wrap")
         rows = [widgets.HBox(part, layout=flow) for part in ([planes, shown[3]], shown[:3], shown[4:])]
         self.refresh()
-        return widgets.VBox([*rows, self.image, self.words, widgets.HTML(f"<small>{KEYS}</small>")])
+        return widgets.VBox([*rows, self.image, self.words, widgets.HTML(f"<small>{KEYS.format(len(showable(self.stack)))}</small>")])
 
     def refresh(self) -> None:
         "Bring the live picture, the words and the controls up to date."
@@ -339,7 +340,7 @@ class SliceViewer(LiveSlices):
                 look = self.after(look, self.heard.popleft())
             self.change(look)
 
-# %% ../nbs/21b_viewers.ipynb #a8b44d48
+# %% ../nbs/21b_viewers.ipynb #a1b0b398
 class JacobianMap(SliceViewer):
     "Where tissue shrinks or grows; beside it volume change and residual of every vertebra."
 
@@ -360,7 +361,7 @@ class Quiver(SliceViewer):
     def __init__(self, result: Registration | Stack, planes: str = "all", **look):
         super().__init__(result, planes, **{"show": "moved", "lines": "arrows"} | look)
 
-# %% ../nbs/21b_viewers.ipynb #ee837e7d
+# %% ../nbs/21b_viewers.ipynb #5fd9dff1
 class Interactive(Viewer):
     "A picture that follows sliders."
 

@@ -145,15 +145,17 @@ def test_d3_a_running_registration_hears_stop_pause_and_weights(lab, start):
     lab.page.wait_for_timeout(1000)
     held = number.inner_text()
     lab.page.wait_for_timeout(1000)
-    assert number.inner_text() == held, "paused"
+    assert number.inner_text() == held
+    expect(outputs.get_by_text("paused", exact=True)).to_be_visible()
     lab.shot("paused")
-    pause.click()
+    outputs.get_by_role("button", name="Go on").click()
     expect(number).not_to_have_text(held)
     outputs.get_by_role("button", name="Stop").click()
     expect(number).to_have_text(re.compile(r"^\["), timeout=60_000)
     heard, ended, changes = json.loads(number.inner_text())
     assert heard <= ended <= heard + 1
     assert [change["term"] for change in changes] == ["diffusion"] and changes[0]["after"] < changes[0]["before"]
+    expect(outputs.get_by_role("button", name="Stop")).to_be_disabled()
     lab.wait()
     lab.shot("stopped")
 

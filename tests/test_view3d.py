@@ -148,7 +148,7 @@ def test_d2_what_is_not_installed_is_said_at_once_and_without_the_network(monkey
     start = time.perf_counter()
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     engine, words = choose_viewer("niivue")
-    assert engine is None and "pip install 'spinereg[viewers]'" in words
+    assert engine is None and "pip install ipyniivue anywidget" in words
     monkeypatch.setattr(module, "find_spec", lambda name: "here")
     assert choose_viewer("niivue") == ("niivue", "")
     engine, words = choose_viewer("itkwidgets")
