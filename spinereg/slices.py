@@ -9,7 +9,7 @@ __all__ = ['CT_WINDOWS_HU', 'SHOW', 'ORANGE', 'BLUE', 'JACOBIAN_COLOURS', 'UNITS
            'first_look', 'describe_point', 'slice_colours', 'Panel', 'make_panel', 'turn_panel', 'draw_strip',
            'draw_scale', 'SlicePicture']
 
-# %% ../nbs/21a_slices.ipynb #8cc0d4b8
+# %% ../nbs/21a_slices.ipynb #f9d10447
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -37,7 +37,7 @@ from .results import Registration
 from .viz import AXIAL, CORONAL, LETTER_BOX, SAGITTAL, Picture, Plane, cut, find_outlines, show_slice
 from .volumes import renumber
 
-# %% ../nbs/21a_slices.ipynb #50909cf6
+# %% ../nbs/21a_slices.ipynb #a9dadce5
 class LivePicture(Picture):
     "A figure of which a few artists change; only those are drawn again."
 
@@ -92,7 +92,7 @@ def nearest(
     at = (np.arange(pixels.start, pixels.stop) + 0.5 - low) / (high - low) * n
     return pixels, at.clip(0, n - 1).astype(int)
 
-# %% ../nbs/21a_slices.ipynb #b2a4dbbb
+# %% ../nbs/21a_slices.ipynb #8e23f1cf
 class Stack(NamedTuple):
     "Images, label maps and fields on one grid."
 
@@ -147,7 +147,7 @@ def result_stack(
     disp = transform.deformation(grid)[0].cpu()
     return Stack(grid, images, modalities, labels, names, result.vertebrae, result.view.jacobian_det.cpu(), disp)
 
-# %% ../nbs/21a_slices.ipynb #2b3472a7
+# %% ../nbs/21a_slices.ipynb #6aac6642
 CT_WINDOWS_HU = {"bone": (-500.0, 1300.0), "spine": (-250.0, 1250.0), "soft tissue": (-160.0, 240.0), "all": (-1000.0, 2000.0)}
 SHOW = ("fixed", "moving", "moved", "blend", "colours", "checkerboard", "difference", "jacobian")
 ORANGE, BLUE = np.array([1.0, 0.5, 0.0], np.float32), np.array([0.0, 0.5, 1.0], np.float32)
@@ -179,7 +179,7 @@ def mix(
         return np.where((rows[:, None] + columns) % 2 == 0, one, other)[..., None]
     return ((1 - fade) * one + fade * other)[..., None]
 
-# %% ../nbs/21a_slices.ipynb #c88a0412
+# %% ../nbs/21a_slices.ipynb #c944e7fe
 JACOBIAN_COLOURS = matplotlib.colormaps["RdBu_r"](np.linspace(0, 1, 256))[:, :3].astype(np.float32)
 
 
@@ -191,7 +191,7 @@ def jacobian_colours(
     place = np.clip((det - 1) / half_range, -1, 1) * 127.5 + 127.5
     return np.where(det[..., None] > 0, JACOBIAN_COLOURS[place.round().astype(int)], 0)
 
-# %% ../nbs/21a_slices.ipynb #03ad4d78
+# %% ../nbs/21a_slices.ipynb #d16e9917
 def in_plane(
     disp: Float[Tensor, "3 i j k"],  # mm, along the axes of the grid
     grid: Grid,
@@ -231,7 +231,7 @@ def arrows(
     some = slice(step[0] // 2, None, step[0]), slice(step[1] // 2, None, step[1])
     return places[some].reshape(-1, 2), u[some].reshape(-1, 2)
 
-# %% ../nbs/21a_slices.ipynb #25941a9b
+# %% ../nbs/21a_slices.ipynb #ee8db04f
 @dataclass(frozen=True)
 class Look:
     "What a picture of slices shows."
@@ -257,7 +257,7 @@ def auto_window(
     low, high = np.percentile(values.flatten()[:: max(values.numel() // 100_000, 1)].numpy(), percents)
     return float(low), float(high)
 
-# %% ../nbs/21a_slices.ipynb #83e06587
+# %% ../nbs/21a_slices.ipynb #703f43a6
 def vertebrae_at(
     stack: Stack,
     at: tuple[int, int, int],  # voxel
@@ -279,7 +279,7 @@ def label_centre(
     nearest = (voxels - voxels.median(0).values).norm(dim=1).argmin()
     return tuple(voxels[nearest].int().tolist())
 
-# %% ../nbs/21a_slices.ipynb #16ae464f
+# %% ../nbs/21a_slices.ipynb #40f5c36e
 def showable(
     stack: Stack,
 ) -> list[str]:
@@ -324,7 +324,7 @@ def first_look(
     at = label_centre(stack, stack.names[len(stack.names) // 2]) if stack.names else tuple(n // 2 for n in stack.grid.shape)
     return check_look(stack, Look(**{"at": at, "windows": windows, "outlined": usual_outlines(stack)} | choices))
 
-# %% ../nbs/21a_slices.ipynb #b1608c67
+# %% ../nbs/21a_slices.ipynb #2189117d
 UNITS = {"ct": " HU", "mr": ""}
 
 
@@ -345,7 +345,7 @@ def describe_point(
         vertebra = f"{name}: {pose}; residual {row.residual_rms_mm:.2f} mm, volume {row.volume_change_percent:+.1f} %"
     return f"R {x:.1f}   A {y:.1f}   S {z:.1f} mm   voxel {', '.join(map(str, at))}\n{'   '.join(values)}\n{vertebra}"
 
-# %% ../nbs/21a_slices.ipynb #09eaf39a
+# %% ../nbs/21a_slices.ipynb #43a83088
 def slice_colours(
     stack: Stack,
     plane: Plane,
@@ -366,7 +366,7 @@ def slice_colours(
     colours[..., :3] = (255 * mixed).round()
     return colours
 
-# %% ../nbs/21a_slices.ipynb #a6d4250d
+# %% ../nbs/21a_slices.ipynb #1ba36f71
 class Panel(NamedTuple):
     "One plane of a picture: the artists in it that change."
 
@@ -385,7 +385,7 @@ class Panel(NamedTuple):
         single = [self.image, self.solid, self.dashed, self.lines, *self.cross, *self.ax.texts]
         return single if self.arrows is None else [*single, self.arrows]
 
-# %% ../nbs/21a_slices.ipynb #aecd28d5
+# %% ../nbs/21a_slices.ipynb #46202bcb
 def make_panel(
     ax: Axes,
     stack: Stack,
@@ -405,7 +405,7 @@ def make_panel(
     ax.set_title(plane.name, fontsize=9)
     return Panel(ax, plane, image, solid, dashed, names, lines, ends, cross)
 
-# %% ../nbs/21a_slices.ipynb #786a2f82
+# %% ../nbs/21a_slices.ipynb #ffd019e7
 def turn_panel(
     panel: Panel,
     stack: Stack,
@@ -432,7 +432,7 @@ def turn_panel(
         getattr(artist, move)([(look.at[axis] + 0.5) * grid.spacing_mm[axis]] * 2)
         artist.set_visible(look.crosshair)
 
-# %% ../nbs/21a_slices.ipynb #6c887e75
+# %% ../nbs/21a_slices.ipynb #b3cbae2a
 def draw_strip(
     axes: Sequence[Axes],  # two
     stack: Stack,
@@ -461,7 +461,7 @@ def draw_scale(
     ax.set_title("det J", fontsize=9)
     ax.tick_params(labelsize=7)
 
-# %% ../nbs/21a_slices.ipynb #919d4599
+# %% ../nbs/21a_slices.ipynb #d0246e02
 class SlicePicture(LivePicture):
     "Planes through one voxel of a stack."
 
