@@ -7,7 +7,7 @@ __all__ = ['POINTS', 'FOUND', 'TERMS', 'CURVES', 'thin', 'Curves', 'make_curves'
            'view_stack', 'MonitorPicture', 'Budget', 'listen', 'usage', 'clock', 'progress', 'Wishes', 'Buttons',
            'waiting', 'MonitorViewer', 'TrainingMonitor']
 
-# %% ../nbs/22_monitor.ipynb #51e42665
+# %% ../nbs/22_monitor.ipynb #422d54a5
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +31,7 @@ from .steering import Step
 from .viewers import Viewer
 from .viz import COLOURS, SAGITTAL, Overview, Picture
 
-# %% ../nbs/22_monitor.ipynb #add14936
+# %% ../nbs/22_monitor.ipynb #4ad17fc7
 POINTS = 400
 FOUND = ("dice_before", "dice_after", "residual_median_mm", "folding_percent")  # at some steps only, so drawn with points
 
@@ -48,7 +48,7 @@ def thin(
     count = (~np.isnan(table)).sum(1)
     return steps + (stretch + 1) / 2, np.nansum(table, 1) / np.where(count, count, np.nan)
 
-# %% ../nbs/22_monitor.ipynb #31d2bfb2
+# %% ../nbs/22_monitor.ipynb #f79654f9
 class Curves(NamedTuple):
     "A panel of curves over the steps."
 
@@ -77,7 +77,7 @@ def make_curves(
         ax.legend(fontsize=6, loc="upper right")
     return Curves(ax, lines, marks, empty)
 
-# %% ../nbs/22_monitor.ipynb #d211fa8e
+# %% ../nbs/22_monitor.ipynb #8d773a83
 def grow(
     limits: tuple[float, float],
     values: np.ndarray,
@@ -93,7 +93,7 @@ def grow(
     room = 0.3 * (high - low) or 0.1 * abs(high) or 1.0
     return low - room, high + room
 
-# %% ../nbs/22_monitor.ipynb #8e7b70ec
+# %% ../nbs/22_monitor.ipynb #0006f2cf
 def turn_curves(
     curves: Curves,
     traces: Mapping[str, Sequence[float]],
@@ -116,7 +116,7 @@ def turn_curves(
     curves.marks.set_segments([[(begin, 0), (begin, 1)] for begin in begins])
     return before != (ax.get_xlim(), ax.get_ylim())
 
-# %% ../nbs/22_monitor.ipynb #1f1bb202
+# %% ../nbs/22_monitor.ipynb #ba5e6052
 TERMS = ("diffusion", "orthonormality", "properness", "rigid_dice", "rigid_field")
 CURVES = (  # columns of the steps' rows, title, logarithmic
     (("loss", "similarity"), "loss and similarity", False),
@@ -167,7 +167,7 @@ def new_log() -> Log:
     "An empty log of all that is drawn."
     return Log({name: [] for columns, *_ in CURVES for name in columns})
 
-# %% ../nbs/22_monitor.ipynb #c9a7d450
+# %% ../nbs/22_monitor.ipynb #154d594f
 def view_stack(
     view: Overview,
 ) -> Stack:
@@ -212,7 +212,7 @@ class MonitorPicture(LivePicture):
         if any([turn_curves(curves, log.traces, log.first, log.begins) for curves in self.curves]):
             self.still = None
 
-# %% ../nbs/22_monitor.ipynb #342247e1
+# %% ../nbs/22_monitor.ipynb #44f4ad5a
 class Budget:
     "Time that may be spent beside a run on one thing."
 
@@ -236,7 +236,7 @@ class Budget:
         self.cost = self.last - began
         self.spent += self.cost
 
-# %% ../nbs/22_monitor.ipynb #5ce3e2d8
+# %% ../nbs/22_monitor.ipynb #c6d1196e
 def listen(
     controls: Sequence[widgets.Widget],
 ) -> None:
@@ -265,7 +265,7 @@ def clock(
     minutes, rest = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
 
-# %% ../nbs/22_monitor.ipynb #79eea42f
+# %% ../nbs/22_monitor.ipynb #3603365c
 def progress(
     step: Step,
     began_s: float,  # by `time.perf_counter`
@@ -278,7 +278,7 @@ def progress(
     state = ("stopped" if step.done < 1 else "done") if over else f"{clock(left)} left" if step.done > done else "begun"
     return f"({where})   {step.done:.0%}   {state}"
 
-# %% ../nbs/22_monitor.ipynb #18afefd5
+# %% ../nbs/22_monitor.ipynb #a31ad69e
 @dataclass
 class Wishes:
     "What a person asks of a run."
@@ -309,7 +309,7 @@ class Buttons:
         self.case, self.sliders, self.state = None, {}, widgets.Label()
         self.stop.on_click(lambda _: setattr(wishes, "stop", True))
         self.pause.observe(lambda change: self.hold(change["new"]), "value")
-        self.top, self.weights = widgets.HBox([self.stop, self.pause, self.state]), widgets.HBox(layout={"flex_flow": "row wrap"})
+        self.top, self.weights = (widgets.HBox(part, layout={"flex_flow": "row wrap"}) for part in ([self.stop, self.pause, self.state], []))
         self.box = widgets.VBox([self.top, self.weights])
 
     def offer(self, step: Step, case: int, choose: Callable[[int], None]) -> None:
@@ -348,7 +348,7 @@ class Buttons:
         "Every widget that a person may touch."
         return [self.stop, self.pause, *([self.case] if self.case else []), *self.sliders.values()]
 
-# %% ../nbs/22_monitor.ipynb #00a26522
+# %% ../nbs/22_monitor.ipynb #439cff52
 def waiting() -> Picture:
     "What a monitor shows before the first step."
     fig = Picture(figsize=(4, 0.4))
@@ -416,7 +416,7 @@ class MonitorViewer(Viewer):
         self.case = case
         self.looks.cost = 0.0
 
-# %% ../nbs/22_monitor.ipynb #0c4cd730
+# %% ../nbs/22_monitor.ipynb #7e55050c
 class TrainingMonitor(MonitorViewer):
     "Watch `fit` or `register` while it runs, pause and stop it, change its weights: give it as `on_step`."
 
