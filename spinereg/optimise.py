@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIMILARITIES', 'PROGRESS', 'Scene', 'working_grid', 'Level', 'overlap_mask', 'make_level', 'Terms', 'displacements',
-           'loss_terms', 'descend', 'look_at', 'Optimised', 'optimise', 'finish']
+           'loss_terms', 'descend', 'make_view', 'look_at', 'Optimised', 'optimise', 'finish']
 
 # %% ../nbs/13a_optimise.ipynb #0ab3f33d
 import sys
@@ -201,7 +201,24 @@ def _bone(scene: Scene, level: Level, disp: Float[Tensor, "1 3 i j k"]) -> Bone 
     return bone_voxels(won * (share > 0.5), len(scene.labels.names), minimum=0)
 
 
-# %% ../nbs/13a_optimise.ipynb #eeb750e4
+# %% ../nbs/13a_optimise.ipynb #15e45522
+def make_view(
+    scene: Scene,
+    grid: Grid,
+    disp: Float[Tensor, "1 3 i j k"],  # deformation on it, mm
+) -> tuple[Overview, Float[Tensor, "1 i j k"] | None]:  # the pictures' data; share of the votes that won the moved labels
+    "Images before and after, labels and Jacobian on one grid."
+    fixed = warp(scene.fixed, scene.fixed_grid, grid)[0, 0]
+    before, moved = (warp(scene.moving, scene.moving_grid, grid, u, scene.rigid)[0, 0] for u in (None, disp))
+    at_start, labels, share, names = None, None, None, ()
+    if scene.labels is not None:
+        names, read = scene.labels.names, partial(warp_labels, scene.labels.data[None], scene.labels.grid, grid, world=scene.rigid)
+        (at_start, _), (labels, share) = read(), read(disp=disp)
+        at_start, labels = at_start[0], labels[0]
+    det = determinant(jacobian(disp, grid))[0]
+    return Overview(grid, fixed, before, moved, at_start, labels, names, det), share
+
+
 @torch.no_grad()
 def look_at(
     scene: Scene,
@@ -210,20 +227,15 @@ def look_at(
 ) -> tuple[Overview, dict[str, float]]:  # pictures' data on the level's grid; figures
     "What the present velocity does."
     _, disp, _ = displacements(parameter, level)
-    moved = warp(*level.wide_moving, level.grid, disp, world=scene.rigid)[0, 0]
-    at_start, labels, names, det = None, None, (), determinant(jacobian(disp, level.grid))[0]
-    figures = {"folding_percent": 100 * (det <= 0).float().mean().item()}
-    if scene.labels is not None:
-        names, read = scene.labels.names, partial(warp_labels, scene.labels.data[None], scene.labels.grid, level.grid, world=scene.rigid)
-        (at_start, _), (labels, share) = read(), read(disp=disp)
-        rows, _ = vertebra_rigidity(disp, level.grid, labels, names, share)
+    view, share = make_view(scene, level.grid, disp)
+    figures = {"folding_percent": 100 * (view.jacobian_det <= 0).float().mean().item()}
+    if view.labels is not None:
+        rows, _ = vertebra_rigidity(disp, level.grid, view.labels[None], view.names, share)
         figures["residual_median_mm"] = float(np.median([row.residual_rms_mm for row in rows])) if rows else float("nan")
-        at_start, labels = at_start[0], labels[0]
-        if scene.fixed_labels is not None:
-            there = warp_labels(scene.fixed_labels[None], scene.fixed_grid, level.grid)[0][0]
-            figures |= {"dice_before": mean_dice(at_start, there), "dice_after": mean_dice(labels, there)}
-    return Overview(level.grid, level.fixed[0, 0], level.moving[0, 0], moved, at_start, labels, names, det), figures
-
+    if view.labels is not None and scene.fixed_labels is not None:
+        there = warp_labels(scene.fixed_labels[None], scene.fixed_grid, level.grid)[0][0]
+        figures |= {"dice_before": mean_dice(view.labels_before, there), "dice_after": mean_dice(view.labels, there)}
+    return view, figures
 
 # %% ../nbs/13a_optimise.ipynb #4607810b
 class Optimised(NamedTuple):

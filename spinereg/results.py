@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['move_image', 'vertebra_table', 'touches_border', 'compare_labels', 'measure_field', 'Registration', 'rigidity_means',
-           'doubts', 'summarise', 'likeness', 'evaluate', 'make_view', 'save', 'write_files', 'environment']
+           'doubts', 'summarise', 'likeness', 'evaluate', 'save', 'write_files', 'environment']
 
 # %% ../nbs/14_results.ipynb #5e830d6b
 import json
@@ -29,7 +29,7 @@ from .geometry import Grid, sample_index, transform_points
 from .metrics import diffeomorphism, label_agreement, landmark_errors, regularity, round_trip
 from .motion import Rigidity, bone_contacts, label_centres_mm, neighbour_motions, pose, vertebra_axes, vertebra_rigidity, world_motions
 from .nifti import write_image
-from .optimise import Scene, overlap_mask
+from .optimise import Scene, make_view, overlap_mask
 from .pairs import Pair
 from .penalties import bone_voxels, determinant, rigid_dice, rigid_motions
 from .prealign import RigidStart
@@ -259,7 +259,8 @@ def evaluate(
 ) -> Registration:
     "Move the image and the labels, measure, and gather all of it."
     native = pair.fixed.native.grid
-    view, disp, share = make_view(scene, grid, transform)
+    disp = transform.deformation(grid)
+    view, share = make_view(scene, grid, disp)
     metrics = {"field": measure_field(transform, disp, grid, overlap_mask(scene, grid))}
     metrics |= {"local_correlation": likeness(view, overlap_mask(scene, grid, 2))}
     metrics |= {"landmarks": [], "labels": {}, "contacts": [], "motions": {}, "rigidity": {}, "seen_percent": {}}
@@ -292,24 +293,6 @@ def evaluate(
     return Registration(pair, start, transform, moved, moved_labels, vertebrae, metrics, history, view)
 
 # %% ../nbs/14_results.ipynb #7d9e10c0
-def make_view(
-    scene: Scene,
-    grid: Grid,  # working grid
-    transform: SpineTransform,
-) -> tuple[Overview, Float[Tensor, "1 3 i j k"], Float[Tensor, "1 i j k"] | None]:  # the pictures' data; deformation on the grid, mm; soft label
-    "Everything on the working grid."
-    disp = transform.deformation(grid)
-    before, moved = (warp(scene.moving, scene.moving_grid, grid, u, scene.rigid)[0, 0] for u in (None, disp))
-    at_start, labels, share, names = None, None, None, ()
-    if scene.labels is not None:
-        names, read = scene.labels.names, partial(warp_labels, scene.labels.data[None], scene.labels.grid, grid, world=scene.rigid)
-        (at_start, _), (labels, share) = read(), read(disp=disp)
-        at_start, labels = at_start[0], labels[0]
-    det = determinant(jacobian(disp, grid))[0]
-    fixed = warp(scene.fixed, scene.fixed_grid, grid)[0, 0]
-    return Overview(grid, fixed, before, moved, at_start, labels, names, det), disp, share
-
-
 def _agreement(fixed: Labels, scene: Scene, grid: Grid, transform: SpineTransform, view: Overview) -> tuple[pd.DataFrame, dict]:
     "Label agreement on the fixed image's voxels, at the start and now, and on the working grid."
     names, own = scene.labels.names, fixed.names
