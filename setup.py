@@ -3,7 +3,7 @@
 from configparser import ConfigParser
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.command.sdist import sdist
 
 here = Path(__file__).parent
@@ -41,7 +41,7 @@ setup(
     install_requires=about["requirements"].split(),
     extras_require={extra: about[f"{extra}_requirements"].split() for extra in ("dev", "viewers", "wandb", "elastix")},
     cmdclass={"sdist": SourceWithSettings},
-    packages=["spinereg", "spinereg.notebooks"],
+    packages=[*find_packages(include=["spinereg", "spinereg.*"]), "spinereg.notebooks"],
     package_dir={"spinereg.notebooks": "nbs/apps"},
     package_data={"spinereg.notebooks": ["*.ipynb"]},
 )

@@ -2,8 +2,41 @@
 
 __version__ = "0.1.0"
 
-from .data import check
-from .registration import apply, register
-from .training import fit
+from importlib import import_module
 
-__all__ = ["apply", "check", "fit", "register"]
+PUBLIC = {  # name -> where it is defined; imported when it is first asked for
+    "register": "registration.register",
+    "apply": "registration.register",
+    "check": "learning.cases",
+    "fit": "learning.fit",
+    "evaluate_runs": "compare.evaluation",
+    "register_elastix": "compare.elastix",
+    "read_pair": "files.pairs",
+    "read_transform": "files.transforms",
+    "Pair": "files.pairs",
+    "SpineTransform": "files.transforms",
+    "Registration": "registration.results",
+    "Fitted": "learning.fit",
+    "Step": "registration.run",
+    "InputError": "files.nifti",
+    "Problem": "files.nifti",
+    "SliceViewer": "interactive.viewers",
+    "JacobianMap": "interactive.viewers",
+    "DeformedGrid": "interactive.viewers",
+    "Quiver": "interactive.viewers",
+    "view3d": "interactive.view3d",
+    "TrainingMonitor": "interactive.monitor",
+}
+
+__all__ = sorted(PUBLIC)
+
+
+def __getattr__(name: str) -> object:
+    if name not in PUBLIC:
+        raise AttributeError(f"module 'spinereg' has no attribute {name!r}; it has {', '.join(__all__)}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{PUBLIC[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

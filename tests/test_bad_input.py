@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from spinereg.geometry import transform_points
-from spinereg.nifti import InputError
-from spinereg.pairs import read_landmarks, read_pair
-from spinereg.volumes import read_image, read_labels
+from spinereg.files.nifti import InputError
+from spinereg.files.pairs import read_landmarks, read_pair
+from spinereg.files.volumes import read_image, read_labels
+from spinereg.space.geometry import transform_points
 
 SPACE = np.array([[-1.2, 0, 0, 20], [0, -1.2, 0, 10], [0, 0, 1.5, -40], [0, 0, 0, 1]])
 SHAPE = (20, 22, 30)

@@ -110,8 +110,8 @@ RUN = (
 import json, tempfile
 from concurrent.futures import ThreadPoolExecutor
 import ipywidgets, spinereg
-from spinereg.monitor import TrainingMonitor
-from spinereg.steering import weights_changed
+from spinereg.interactive.monitor import TrainingMonitor
+from spinereg.registration.run import weights_changed
 
 monitor, number, heard = TrainingMonitor(), ipywidgets.Label(), []
 display(number, monitor)
@@ -171,10 +171,10 @@ EVERY = [
     SAMPLE
     + """
 import spinereg
-from spinereg.monitor import TrainingMonitor
-from spinereg.view3d import view3d
-from spinereg.viewers import DeformedGrid, Interactive, JacobianMap, Quiver, SliceViewer
-from spinereg.viz import Picture
+from spinereg.interactive.monitor import TrainingMonitor
+from spinereg.interactive.view3d import view3d
+from spinereg.interactive.viewers import DeformedGrid, Interactive, JacobianMap, Quiver, SliceViewer
+from spinereg.measure.pictures import Picture
 
 def draw(cycles):
     fig = Picture(figsize=(3, 1))

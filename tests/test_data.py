@@ -18,8 +18,20 @@ from monai.data import Dataset as MonaiDataset
 from torch.utils.data import DataLoader
 
 import spinereg
-from spinereg.data import KEPT, Crops, OnDisk, PrepareCase, cache_gb, case_dataset, check, crop_transform, find_case, find_cases, usable_cases
-from spinereg.labels import SCHEMES, VERTEBRAE
+from spinereg.files.labels import SCHEMES, VERTEBRAE
+from spinereg.learning.cases import (
+    KEPT,
+    Crops,
+    OnDisk,
+    PrepareCase,
+    cache_gb,
+    case_dataset,
+    check,
+    crop_transform,
+    find_case,
+    find_cases,
+    usable_cases,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 VALUE = {name: value for value, name in SCHEMES["verse"].items()}

@@ -14,7 +14,7 @@ import torch
 from scipy.interpolate import BSpline
 from scipy.ndimage import gaussian_filter
 
-from spinereg.elastix import (
+from spinereg.compare.elastix import (
     ElastixError,
     bone_mask,
     check_elastix,
@@ -27,12 +27,12 @@ from spinereg.elastix import (
     solve,
     write_inputs,
 )
-from spinereg.fields import jacobian, warp
-from spinereg.geometry import Grid
-from spinereg.nifti import NativeSpace
-from spinereg.optimise import Level, Scene
-from spinereg.penalties import determinant
-from spinereg.volumes import Labels
+from spinereg.files.nifti import NativeSpace
+from spinereg.files.volumes import Labels
+from spinereg.losses.penalties import determinant
+from spinereg.registration.optimise import Level, Scene
+from spinereg.space.fields import jacobian, warp
+from spinereg.space.geometry import Grid
 
 ROOT = Path(__file__).resolve().parent.parent
 CASE = ROOT / "data_samples/test/easy_0"
@@ -54,7 +54,7 @@ needs_elastix = pytest.mark.skipif(not installed(), reason='itk-elastix is not i
 
 def test_e2_elastix_is_imported_in_its_child_alone():
     """E2: an extra is never loaded with the package."""
-    code = "import sys, spinereg.elastix; print('itk' in sys.modules)"
+    code = "import sys, spinereg.compare.elastix; print('itk' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False"]
 
@@ -65,7 +65,7 @@ def test_e2_missing_extra_is_an_error_with_the_pip_line(monkeypatch):
     def missing(name):
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr("spinereg.elastix.version", missing)
+    monkeypatch.setattr("spinereg.compare.elastix.version", missing)
     with pytest.raises(ElastixError, match=r'pip install "spinereg\[elastix\]"'):
         register_elastix("no.nii.gz", "such.nii.gz")
 

@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from spinereg.data import find_cases
-from spinereg.elastix import register_elastix
-from spinereg.evaluation import compare_runs, evaluate_runs, interval, is_done, read_run
-from spinereg.registration import register
+from spinereg.compare.elastix import register_elastix
+from spinereg.compare.evaluation import compare_runs, evaluate_runs, interval, is_done, read_run
+from spinereg.learning.cases import find_cases
+from spinereg.registration.register import register
 
 ROOT = Path(__file__).resolve().parent.parent
 RIGID = {"method": "rigid", "spacing_mm": 4.0, "prealign": "header"}

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from scipy.spatial.transform import Rotation
 
-from spinereg.fields import blur, coarsen, compose, integrate, invert, jacobian, resample_field, warp, warp_labels
-from spinereg.geometry import Grid, crop_grid, respace_grid
-from spinereg.transforms import itk_field, itk_image
+from spinereg.files.transforms import itk_field, itk_image
+from spinereg.space.fields import blur, coarsen, compose, integrate, invert, jacobian, resample_field, warp, warp_labels
+from spinereg.space.geometry import Grid, crop_grid, respace_grid
 
 
 def tilted(shape, spacing, seed):

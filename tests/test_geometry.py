@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
-from spinereg.geometry import Grid, crop_grid, from_ras, index_map, respace_grid, sample_index, to_ras, transform_points
+from spinereg.space.geometry import Grid, crop_grid, from_ras, index_map, respace_grid, sample_index, to_ras, transform_points
 
 ORIENTATIONS = ["".join(codes) for axes in itertools.permutations(("RL", "AP", "SI")) for codes in itertools.product(*axes)]
 

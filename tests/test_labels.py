@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spinereg.labels import OTHER, SCHEMES, VERTEBRAE, LabelError, fitting_schemes, scheme_table, upside_down, vertebra_values
+from spinereg.files.labels import OTHER, SCHEMES, VERTEBRAE, LabelError, fitting_schemes, scheme_table, upside_down, vertebra_values
 
 PUBLISHED = {
     "verse": {1: "C1", 7: "C7", 8: "T1", 19: "T12", 20: "L1", 24: "L5", 25: "L6", 26: "S", 28: "T13"},

@@ -17,10 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from spinereg.geometry import Grid
-from spinereg.monitor import Budget, Buttons, TrainingMonitor, Wishes, clock, grow, thin
-from spinereg.steering import Step
-from spinereg.viz import Overview
+from spinereg.interactive.monitor import Budget, Buttons, TrainingMonitor, Wishes, clock, grow, thin
+from spinereg.measure.pictures import Overview
+from spinereg.registration.run import Step
+from spinereg.space.geometry import Grid
 
 ROOT = Path(__file__).parent.parent
 WEIGHTS = {"similarity": 1.0, "diffusion": 0.02, "properness": 0.0}
@@ -119,7 +119,7 @@ def test_d3_stop_and_weights_are_granted_at_the_next_step_and_once():
 def test_a_monitor_can_watch_another_run(ends, monkeypatch):
     """It shows itself anew, and nothing of the first run is left: no wish, no curve, no size."""
     shown = []
-    monkeypatch.setattr("spinereg.monitor.display", shown.append)
+    monkeypatch.setattr("spinereg.interactive.monitor.display", shown.append)
     monitor, weights = TrainingMonitor(), dict(WEIGHTS)
     monitor(step_of(1))
     monitor.wishes.stop = ends == "stopped"
@@ -246,7 +246,7 @@ def test_d4_ten_thousand_steps_do_not_fill_the_memory():
 RUN = """import json, sys
 sys.path.insert(0, {tests!r})
 import matplotlib.pyplot as plt, psutil
-from spinereg.monitor import TrainingMonitor
+from spinereg.interactive.monitor import TrainingMonitor
 from test_monitor import step_of
 monitor, seen = TrainingMonitor(share=1.0), []
 for number in range(1, 501):

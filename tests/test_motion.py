@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
-from spinereg.geometry import Grid, transform_points
-from spinereg.motion import bone_contacts, label_centres_mm, neighbour_motions, pose, vertebra_rigidity, world_motions
+from spinereg.measure.motion import bone_contacts, label_centres_mm, neighbour_motions, pose, vertebra_rigidity, world_motions
+from spinereg.space.geometry import Grid, transform_points
 
 NAMES = ("L1", "L2", "L3")
 

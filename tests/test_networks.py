@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from scipy.linalg import expm
 from scipy.ndimage import map_coordinates
 
-from spinereg.fields import resample_field
-from spinereg.geometry import Grid
-from spinereg.networks import UNet, find_weights, halvings, load_network, move, predict, save_weights, velocity_grid
+from spinereg.registration.networks import UNet, find_weights, halvings, load_network, move, predict, save_weights, velocity_grid
+from spinereg.space.fields import resample_field
+from spinereg.space.geometry import Grid
 
 SMALL = {"encoder": (4, 4, 6, 6, 6), "decoder": 6, "last": (4, 4)}
 OBLIQUE = np.array([[1.1, 0.2, 0.1, -20], [-0.2, 1.0, 0.3, 5], [-0.05, -0.35, 3.0, 12], [0, 0, 0, 1]])

@@ -12,8 +12,8 @@ import pytest
 import SimpleITK as sitk
 import torch
 
-from spinereg.geometry import Grid, transform_points
-from spinereg.nifti import covering_grid, orthonormal_grid, read_nifti, resample, shear_deg, write_atomic, write_image
+from spinereg.files.nifti import covering_grid, orthonormal_grid, read_nifti, resample, shear_deg, write_atomic, write_image
+from spinereg.space.geometry import Grid, transform_points
 
 ORIENTATIONS = [np.stack([axes, signs], 1) for axes in itertools.permutations(range(3)) for signs in itertools.product((1, -1), repeat=3)]
 LPS = np.diag([-1.0, -1, 1])

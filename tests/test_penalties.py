@@ -8,9 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
-from spinereg.fields import jacobian, warp
-from spinereg.geometry import Grid
-from spinereg.penalties import (
+from spinereg.losses.penalties import (
     bending,
     bone_jacobian,
     bone_points_mm,
@@ -23,7 +21,9 @@ from spinereg.penalties import (
     rigid_field,
     rigid_motions,
 )
-from spinereg.rigid import RigidMotions, procrustes
+from spinereg.space.fields import jacobian, warp
+from spinereg.space.geometry import Grid
+from spinereg.space.rigid import RigidMotions, procrustes
 
 ISO, THICK = (1, 1, 1), (1, 1, 4)
 

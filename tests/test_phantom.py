@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from spinereg.geometry import Grid, crop_grid, respace_grid, to_ras, transform_points
-from spinereg.labels import SCHEMES
-from spinereg.pairs import read_landmarks
-from spinereg.phantom import DIFFICULTIES, draw_truth, make_case, place_bone_landmarks, start_and_rigid_mm, truth_table, write_case
-from spinereg.spine import DRAWN, Sizes, bone_distances, build_spine, typical_sizes, vertebra_distance
-from spinereg.tissues import build_anatomy, render, signal, tissue_shares
-from spinereg.truth import bone_points, clearances_mm, inverse_map, map_jacobian, smallest_jacobian
+from spinereg.files.labels import SCHEMES
+from spinereg.files.pairs import read_landmarks
+from spinereg.phantom.cases import DIFFICULTIES, draw_truth, make_case, place_bone_landmarks, start_and_rigid_mm, truth_table, write_case
+from spinereg.phantom.spine import DRAWN, Sizes, bone_distances, build_spine, typical_sizes, vertebra_distance
+from spinereg.phantom.tissues import build_anatomy, render, signal, tissue_shares
+from spinereg.phantom.truth import bone_points, clearances_mm, inverse_map, map_jacobian, smallest_jacobian
+from spinereg.space.geometry import Grid, crop_grid, respace_grid, to_ras, transform_points
 
 LEVELS = tuple(DIFFICULTIES)
 LEVELS_AND_SEEDS = [("easy", 3), ("clinical", 1), ("hard", 101)]

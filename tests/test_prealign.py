@@ -9,13 +9,13 @@ import SimpleITK as sitk
 import torch
 from scipy.spatial.transform import Rotation
 
-from spinereg.geometry import Grid, crop_grid, to_ras, transform_points
-from spinereg.nifti import InputError
-from spinereg.pairs import read_pair
-from spinereg.prealign import CAPTURE_DEG, CAPTURE_MM, fit_centroids, level_shift, overlap, rigid_start, search
-from spinereg.rigid import rotation_angle_deg
-from spinereg.transforms import itk_affine, write_itk
-from spinereg.volumes import normalise
+from spinereg.files.nifti import InputError
+from spinereg.files.pairs import read_pair
+from spinereg.files.transforms import itk_affine, write_itk
+from spinereg.files.volumes import normalise
+from spinereg.registration.prealign import CAPTURE_DEG, CAPTURE_MM, fit_centroids, level_shift, overlap, rigid_start, search
+from spinereg.space.geometry import Grid, crop_grid, to_ras, transform_points
+from spinereg.space.rigid import rotation_angle_deg
 
 
 @pytest.fixture(scope="module")

@@ -17,12 +17,14 @@ from jaxtyping import TypeCheckError
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from spinereg.geometry import transform_points
+import spinereg
+from spinereg.space.geometry import transform_points
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
 APPS = [path for path in NOTEBOOKS if path.parent.name == "apps"]
-MODULES = sorted((ROOT / "spinereg").glob("*.py"))
+MODULES = sorted((ROOT / "spinereg").rglob("*.py"))
+FLOORS = ("space", "files", "losses", "measure", "registration", "learning", "compare", "interactive", "phantom", "apps")
 TOP_LEVEL = {
     *("nbs", "spinereg", "data_samples", "tests", "settings.ini", "setup.py", "README.md"),
     *("Makefile", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", "constraints.txt"),
@@ -82,7 +84,7 @@ def test_d8_notebooks_are_exported_and_clean(tmp_path):
     for folder in ("nbs", "spinereg"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignore)
     shutil.copy(ROOT / "settings.ini", tmp_path)
-    for module in (tmp_path / "spinereg").glob("*.py"):
+    for module in (tmp_path / "spinereg").rglob("*.py"):
         if module.name != "__init__.py":
             module.unlink()
     tool("nbdev_export", tmp_path)
@@ -112,13 +114,25 @@ def test_notebook_opens_with_a_title_and_a_subtitle(path):
     assert re.match(r"# \S.*\n\n> \S", first), first[:80]
 
 
-@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if re.match(r"\d", path.name)], ids=name_of)
+BOOK = [path for path in NOTEBOOKS if re.match(r"\d", path.name)]
+
+
+@pytest.mark.parametrize("path", BOOK, ids=name_of)
+def test_notebook_is_named_after_its_floor_and_module(path):
+    """`43_registration.optimise.ipynb` defines `spinereg.registration.optimise`; the first digit is the floor, counted from the ground."""
+    number, floor, module = re.fullmatch(r"(\d\d)_(\w+)\.(\w+)", path.stem).groups()
+    assert FLOORS.index(floor) == int(number[0])
+    assert re.findall(r"#\| default_exp (\w+\.\w+)", path.read_text("utf-8")) == [f"{floor}.{module}"]
+
+
+@pytest.mark.parametrize("path", BOOK, ids=name_of)
 def test_notebook_imports_only_lower_numbers(path):
-    exports = {other: re.search(r"#\| default_exp (\w+)", other.read_text("utf-8")) for other in NOTEBOOKS}
-    number = {match.group(1): other.stem.split("_")[0] for other, match in exports.items() if match}
-    modules = {node.module for node in ast.walk(parsed(path)) if isinstance(node, ast.ImportFrom)}
-    imported = {module.split(".")[1] for module in modules if module and module.startswith("spinereg.")}
-    assert all(number[module] < path.stem.split("_")[0] for module in imported), imported
+    number = {other.stem.split("_")[1]: other.stem.split("_")[0] for other in BOOK}
+    imports = [node for node in ast.walk(parsed(path)) if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("spinereg")]
+    names = {f"{node.module}.{alias.name}".split(".", 1)[1] for node in imports for alias in node.names}
+    modules = {module for module in number for name in names if name == module or name.startswith(f"{module}.")}
+    assert {name.split(".")[0] for name in names} == {module.split(".")[0] for module in modules}, "import from the module that defines a name"
+    assert all(number[module] < path.stem.split("_")[0] for module in modules), modules
 
 
 @pytest.mark.parametrize("path", APPS, ids=name_of)
@@ -145,11 +159,21 @@ def test_app_defines_no_function(path):
 
 def test_e1_the_package_imports_without_the_tools_that_made_it():
     """E1, E2: neither the exporter nor MONAI (6 s of CPU) nor a viewer is imported with any module of the package."""
-    names = ["spinereg"] + [f"spinereg.{path.stem}" for path in MODULES if not path.stem.startswith("_")]
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in MODULES if path.stem != "_modidx"]
+    names = [name.removesuffix(".__init__") for name in names]
     code = "import importlib, sys; [importlib.import_module(name) for name in sys.argv[1:]]; print(*{name.split('.')[0] for name in sys.modules})"
     done = python("-c", code, *names, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert not {"nbdev", "fastcore", "execnb", "monai", "itkwidgets", "ipyniivue", "pytest"} & set(done.stdout.split())
+
+
+def test_the_public_face_is_small_and_every_name_is_there():
+    """`spinereg.<tab>` shows what users call; nothing of it is imported before it is asked for."""
+    assert set(dir(spinereg)) == {*spinereg.__all__, "__version__"}
+    for name in spinereg.__all__:
+        assert getattr(spinereg, name).__module__ == f"spinereg.{spinereg.PUBLIC[name]}"
+    done = python("-c", "import sys, spinereg; print(*sys.modules)", cwd=ROOT)
+    assert not {"torch", "numpy", "spinereg.space"} & set(done.stdout.split())
 
 
 def test_e1_every_requirement_is_bounded_below_and_above():
@@ -182,7 +206,7 @@ def test_version_is_one():
 
 
 def test_wheel_carries_modules_and_apps_and_needs_no_tools(tmp_path):
-    """E1: built from a plain checkout; unpacked elsewhere, `spinereg.apps` finds the notebooks."""
+    """E1: built from a plain checkout; unpacked elsewhere, `spinereg.apps.paths` finds the notebooks."""
     ignore = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
     for folder in ("nbs", "spinereg"):
         shutil.copytree(ROOT / folder, tmp_path / "checkout" / folder, ignore=ignore)
@@ -193,11 +217,11 @@ def test_wheel_carries_modules_and_apps_and_needs_no_tools(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     held = {path.relative_to(tmp_path / "site/spinereg").as_posix() for path in (tmp_path / "site/spinereg").rglob("*") if path.is_file()}
-    assert held == {path.name for path in MODULES} | {f"notebooks/{path.name}" for path in APPS}
+    assert held == {path.relative_to(ROOT / "spinereg").as_posix() for path in MODULES} | {f"notebooks/{path.name}" for path in APPS}
     metadata = next((tmp_path / "site").glob("*.dist-info/METADATA")).read_text("utf-8")
     needed = {Requirement(line).name for line in re.findall(r"(?m)^Requires-Dist: (.*)$", metadata) if "extra ==" not in line}
     assert needed == {need.name for need in requirements("requirements")}
-    code = "from spinereg.apps import apps; print(*(path for path in apps().values()), sep='\\n')"
+    code = "from spinereg.apps.paths import apps; print(*(path for path in apps().values()), sep='\\n')"
     found = python("-c", code, cwd=tmp_path / "site").stdout.split()
     assert [Path(path) for path in found] == [tmp_path / "site/spinereg/notebooks" / path.name for path in APPS]
 

@@ -7,9 +7,7 @@ from benchmarks import reference
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from spinereg.geometry import Grid
-from spinereg.networks import UNet, move, predict
-from spinereg.penalties import (
+from spinereg.losses.penalties import (
     Bone,
     bone_jacobian,
     bone_voxels,
@@ -20,8 +18,10 @@ from spinereg.penalties import (
     rigid_field,
     rigid_motions,
 )
-from spinereg.rigid import RigidMotions
-from spinereg.similarity import mind_loss
+from spinereg.losses.similarity import mind_loss
+from spinereg.registration.networks import UNet, move, predict
+from spinereg.space.geometry import Grid
+from spinereg.space.rigid import RigidMotions
 
 SHAPE = (24, 26, 22)
 GRID = Grid(SHAPE, np.eye(4))

@@ -17,15 +17,15 @@ from scipy.ndimage import binary_erosion
 from scipy.spatial.transform import Rotation
 
 import spinereg
-from spinereg.apps import given_parameters
-from spinereg.geometry import Grid, transform_points
-from spinereg.motion import label_centres_mm
-from spinereg.nifti import InputError
-from spinereg.optimise import Scene, make_level, overlap_mask, working_grid
-from spinereg.pairs import read_pair
-from spinereg.prealign import rigid_start
-from spinereg.registration import apply, make_scene, register, warn_memory
-from spinereg.transforms import read_transform
+from spinereg.apps.paths import given_parameters
+from spinereg.files.nifti import InputError
+from spinereg.files.pairs import read_pair
+from spinereg.files.transforms import read_transform
+from spinereg.measure.motion import label_centres_mm
+from spinereg.registration.optimise import Scene, make_level, overlap_mask, working_grid
+from spinereg.registration.prealign import rigid_start
+from spinereg.registration.register import apply, make_scene, register, warn_memory
+from spinereg.space.geometry import Grid, transform_points
 
 SAMPLES = Path(__file__).parent.parent / "data_samples"
 QUICK = {"spacing_mm": 3.0, "levels": (2, 1), "steps": (15, 10), "device": "cpu"}

@@ -17,12 +17,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spinereg.data import PrepareCase, case_dataset, find_cases
-from spinereg.labels import VERTEBRAE
-from spinereg.metrics import mean_dice
-from spinereg.networks import UNet, load_network
-from spinereg.steering import weights_changed
-from spinereg.training import (
+from spinereg.files.labels import VERTEBRAE
+from spinereg.learning.cases import PrepareCase, case_dataset, find_cases
+from spinereg.learning.fit import (
     PRESETS,
     Learner,
     check_fit,
@@ -38,6 +35,9 @@ from spinereg.training import (
     score,
     term_weights,
 )
+from spinereg.measure.metrics import mean_dice
+from spinereg.registration.networks import UNet, load_network
+from spinereg.registration.run import weights_changed
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = {"spacing_mm": 5.0, "crop": (13, 19, 32), "crops_per_case": 1, "prealign": "header", "logger": "none", "device": "cpu", "learning_rate": 1e-3}
@@ -118,7 +118,7 @@ def test_c12_kill_at_any_moment_leaves_a_checkpoint_that_can_be_gone_on_from(qui
     script = tmp_path / "train.py"
     arguments = {name: str(value) if isinstance(value, Path) else value for name, value in quick.items()}
     arguments |= {"out_dir": str(tmp_path / "out"), "epochs_similarity": 500, "epochs_rigidity": 0, "resume": True}
-    script.write_text(f"import spinereg.training\nspinereg.training.fit(**{arguments})\n")
+    script.write_text(f"import spinereg.learning.fit\nspinereg.training.fit(**{arguments})\n")
     kills, done, dice = int(os.environ.get("SPINEREG_KILLS", 3)), 0, random.Random(0)
     for _ in range(kills):
         process = subprocess.Popen([sys.executable, script], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT)
@@ -225,7 +225,7 @@ def test_two_processes_take_the_steps_of_one_with_twice_the_batch(quick, tmp_pat
     arguments = {name: str(value) if isinstance(value, Path) else value for name, value in quick.items()}
     arguments |= {"epochs_similarity": 5, "epochs_rigidity": 0, "validate_every": 5}
     script = tmp_path / "train.py"
-    script.write_text(f"import spinereg.training\nspinereg.training.fit(out_dir={str(tmp_path / 'two')!r}, **{arguments})\n")
+    script.write_text(f"import spinereg.learning.fit\nspinereg.training.fit(out_dir={str(tmp_path / 'two')!r}, **{arguments})\n")
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = run(script, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -6,10 +6,10 @@ import SimpleITK as sitk
 import torch
 from scipy.spatial.transform import Rotation
 
-from spinereg.fields import integrate, warp
-from spinereg.geometry import Grid, sample_index, transform_points
-from spinereg.rigid import twist_matrix
-from spinereg.transforms import FLIP, SpineTransform, itk_affine, itk_image, read_transform, write_itk, write_transform
+from spinereg.files.transforms import FLIP, SpineTransform, itk_affine, itk_image, read_transform, write_itk, write_transform
+from spinereg.space.fields import integrate, warp
+from spinereg.space.geometry import Grid, sample_index, transform_points
+from spinereg.space.rigid import twist_matrix
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,9 @@ import torch
 from nbclient import NotebookClient
 from scipy.spatial.transform import Rotation
 
-import spinereg.view3d as module
-from spinereg.geometry import Grid, transform_points
-from spinereg.slices import Stack
-from spinereg.view3d import (
+import spinereg.interactive.view3d as module
+from spinereg.interactive.slices import Stack
+from spinereg.interactive.view3d import (
     camera,
     choose_viewer,
     draw_bones,
@@ -35,6 +34,7 @@ from spinereg.view3d import (
     paint,
     view3d,
 )
+from spinereg.space.geometry import Grid, transform_points
 
 
 def tilted_grid(shape=(48, 44, 36), spacing=(1.0, 1.1, 1.4)):
@@ -206,9 +206,9 @@ def test_d2_executed_without_a_person_a_notebook_keeps_the_picture_alone():
     """D2: no widget, no state of one, nothing to say about viewers."""
     cell = """
 import numpy as np, pandas as pd, torch
-from spinereg.geometry import Grid
-from spinereg.slices import Stack
-from spinereg.view3d import view3d
+from spinereg.space.geometry import Grid
+from spinereg.interactive.slices import Stack
+from spinereg.interactive.view3d import view3d
 labels = torch.zeros(20, 20, 20, dtype=torch.int32)
 labels[5:15, 5:15, 5:15] = 1
 stack = Stack(Grid((20, 20, 20), np.eye(4)), {"fixed": labels.float()}, {"fixed": "mr"}, {"moved": labels}, ("L1",), pd.DataFrame())

@@ -17,10 +17,10 @@ from matplotlib import pyplot
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
-from spinereg.geometry import Grid
-from spinereg.pairs import read_pair
-from spinereg.slices import CT_WINDOWS_HU, SlicePicture, Stack, describe_point, first_look, label_centre, pair_stack, showable
-from spinereg.viewers import PLANES, SliceViewer
+from spinereg.files.pairs import read_pair
+from spinereg.interactive.slices import CT_WINDOWS_HU, SlicePicture, Stack, describe_point, first_look, label_centre, pair_stack, showable
+from spinereg.interactive.viewers import PLANES, SliceViewer
+from spinereg.space.geometry import Grid
 
 ROOT = Path(__file__).parent.parent
 OBLIQUE = Rotation.from_euler("xyz", [12, -8, 17], degrees=True).as_matrix()
@@ -235,11 +235,11 @@ def test_an_error_while_following_is_told(viewer, capsys):
 
 EVERY = """
 import spinereg
-from spinereg.monitor import TrainingMonitor
-from spinereg.pairs import read_pair
-from spinereg.view3d import view3d
-from spinereg.viewers import DeformedGrid, Interactive, JacobianMap, Quiver, SliceViewer
-from spinereg.viz import Picture
+from spinereg.interactive.monitor import TrainingMonitor
+from spinereg.files.pairs import read_pair
+from spinereg.interactive.view3d import view3d
+from spinereg.interactive.viewers import DeformedGrid, Interactive, JacobianMap, Quiver, SliceViewer
+from spinereg.measure.pictures import Picture
 files = [f"{samples}/test/easy_0/{name}.nii.gz" for name in ("mr_t1", "ct", "ct_mask")]
 
 def draw(width):

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spinereg.geometry import Grid
-from spinereg.nifti import NativeSpace
-from spinereg.pairs import COORDINATES, read_landmarks, read_pair
-from spinereg.volumes import Volume, guess_modality, name_labels, normalise, percentile, read_image, read_labels, write_labels
+from spinereg.files.nifti import NativeSpace
+from spinereg.files.pairs import COORDINATES, read_landmarks, read_pair
+from spinereg.files.volumes import Volume, guess_modality, name_labels, normalise, percentile, read_image, read_labels, write_labels
+from spinereg.space.geometry import Grid
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the real volumes are not on this machine")

@@ -21,11 +21,11 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import browser
 
-from spinereg.geometry import Grid
-from spinereg.monitor import TrainingMonitor
-from spinereg.slices import SlicePicture, Stack, first_look
-from spinereg.training import fit
-from spinereg.viz import SAGITTAL
+from spinereg.interactive.monitor import TrainingMonitor
+from spinereg.interactive.slices import SlicePicture, Stack, first_look
+from spinereg.learning.fit import fit
+from spinereg.measure.pictures import SAGITTAL
+from spinereg.space.geometry import Grid
 
 SAMPLES = browser.ROOT / "data_samples"
 
@@ -72,7 +72,7 @@ def slices(count=60):
 CELL = f"""import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from interactive import large_stack
-from spinereg.viewers import SliceViewer
+from spinereg.interactive.viewers import SliceViewer
 SliceViewer(large_stack(), "sagittal")"""
 
 
@@ -130,7 +130,7 @@ def monitor(steps=60, rounds=2):
 LONG = f"""import json, psutil
 import matplotlib.pyplot as plt
 import spinereg
-from spinereg.monitor import TrainingMonitor
+from spinereg.interactive.monitor import TrainingMonitor
 files = [f"{SAMPLES}/test/easy_0/{{name}}.nii.gz" for name in ("mr_t1", "ct", "ct_mask")]
 monitor, seen, figures = TrainingMonitor(), [], []
 

@@ -10,7 +10,7 @@ from unittest.mock import patch
 import numpy as np
 
 import spinereg
-from spinereg import phantom
+from spinereg.phantom import cases as phantom
 
 
 def large_grids(level: str, centre_mm: np.ndarray, rng: np.random.Generator) -> tuple:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 import spinereg
-from spinereg.phantom import make_case, write_case
+from spinereg.phantom.cases import make_case, write_case
 
 
 def measure(case: Path, settings: dict) -> dict:

@@ -24,13 +24,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spinereg import penalties
-from spinereg.data import Case, PrepareCase
-from spinereg.geometry import Grid
-from spinereg.networks import UNet, move, predict
-from spinereg.phantom import make_case, write_case
-from spinereg.results import _peak_rss
-from spinereg.similarity import mind_loss
+from spinereg.learning.cases import Case, PrepareCase
+from spinereg.losses import penalties
+from spinereg.losses.similarity import mind_loss
+from spinereg.phantom.cases import make_case, write_case
+from spinereg.registration.networks import UNet, move, predict
+from spinereg.registration.results import _peak_rss
+from spinereg.space.geometry import Grid
 
 SIZE, VERTEBRAE = (64, 128, 64), 3
 MARKS = {"whole step": 5.0, "similarity, diffusion (both)": 1.8, "OC, PC (both)": 8.0, "rigid Dice, rigid field (both)": 60.0, "MIND (both)": 2.5}

@@ -1,0 +1,1 @@
+"""Other methods, and many cases side by side."""

@@ -1,0 +1,1 @@
+"""What lies on a disk: labels, images, pairs and transforms, read with suspicion and written whole."""

@@ -1,0 +1,1 @@
+"""From folders of pairs to a network that registers."""

@@ -1,0 +1,1 @@
+"""Patients that are drawn, so that every point's true motion is known."""
