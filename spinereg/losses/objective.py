@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TERMS', 'Batch', 'batch_on_grid', 'Fields', 'apply_velocity', 'moved_labels', 'loss_terms', 'Weights', 'not_finite']
 
-# %% ../../nbs/23_losses.objective.ipynb #626ae7e7
+# %% ../../nbs/23_losses.objective.ipynb #3a2d06d1
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import NamedTuple
@@ -21,7 +21,7 @@ from .similarity import Similarity
 from ..space.fields import integrate, resample_field, warp, warp_labels
 from ..space.geometry import Grid
 
-# %% ../../nbs/23_losses.objective.ipynb #80e2bb8b
+# %% ../../nbs/23_losses.objective.ipynb #b0473529
 class Batch(NamedTuple):
     "Pairs on one grid, ready to be compared."
 
@@ -47,7 +47,7 @@ def batch_on_grid(
     "Pairs whose images all lie on one grid already, such as the crops of a training."
     return Batch(grid, fixed, moving, mask, (fixed, grid), (moving, grid), None if labels is None else (labels, grid), names)
 
-# %% ../../nbs/23_losses.objective.ipynb #f2ce501f
+# %% ../../nbs/23_losses.objective.ipynb #c1945df0
 class Fields(NamedTuple):
     "What a velocity does to a batch."
 
@@ -71,7 +71,7 @@ def apply_velocity(
     moved = warp(*batch.whole_moving, batch.grid, disp, world=batch.rigid)
     return Fields(velocity, velocity_grid, disp, disp_inv, moved, warp(*batch.whole_fixed, batch.grid, disp_inv))
 
-# %% ../../nbs/23_losses.objective.ipynb #733cdf2f
+# %% ../../nbs/23_losses.objective.ipynb #7cf4df30
 def moved_labels(
     disp: Float[Tensor, "b 3 i j k"],  # mm, without the pre-alignment
     batch: Batch,  # with labels
@@ -80,7 +80,7 @@ def moved_labels(
     won, fraction = warp_labels(*batch.whole_labels, batch.grid, disp, batch.rigid)
     return won * (fraction > 0.5), fraction
 
-# %% ../../nbs/23_losses.objective.ipynb #375a4f85
+# %% ../../nbs/23_losses.objective.ipynb #4df08587
 def loss_terms(
     what: Fields,
     batch: Batch,
@@ -99,7 +99,7 @@ def loss_terms(
         terms["rd"] = rd(what.disp, batch.grid, bone, motions, *batch.whole_labels, world=batch.rigid, squared=False)
     return terms | {"rf": rf(what.disp, batch.grid, bone, motions)}
 
-# %% ../../nbs/23_losses.objective.ipynb #11043cad
+# %% ../../nbs/23_losses.objective.ipynb #05f1f4e2
 @dataclass(slots=True)
 class Weights:
     "The weight of every term of the loss."
@@ -127,7 +127,7 @@ class Weights:
 
 TERMS = tuple(field.name for field in fields(Weights))
 
-# %% ../../nbs/23_losses.objective.ipynb #0f49d212
+# %% ../../nbs/23_losses.objective.ipynb #bed3fb59
 def not_finite(
     values: Mapping[str, Float[Tensor, "..."]],
 ) -> str:  # empty where all is well

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['make_view', 'Snapshot', 'take_snapshot', 'bone_figures']
 
-# %% ../../nbs/33_measure.snapshot.ipynb #33e042e5
+# %% ../../nbs/33_measure.snapshot.ipynb #b83c7283
 import math
 from typing import NamedTuple
 
@@ -14,27 +14,28 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..losses.objective import Batch, Fields, moved_labels
+from ..losses.objective import Batch, Fields
 from ..losses.similarity import Similarity
 from .metrics import mean_dice
 from .motion import vertebra_rigidity
 from .pictures import Overview
-from ..space.fields import determinant, jacobian, warp_labels
+from ..space.fields import determinant, jacobian, warp, warp_labels
 
-# %% ../../nbs/33_measure.snapshot.ipynb #be7104b4
+# %% ../../nbs/33_measure.snapshot.ipynb #19b37ee5
 def make_view(
-    what: Fields,  # of one sample
+    disp: Float[Tensor, "1 3 i j k"],  # mm, without the pre-alignment, on the grid of the batch
     batch: Batch,  # of one sample
-) -> Overview:
+) -> tuple[Overview, Float[Tensor, "i j k"] | None]:  # the pictures' data; fraction of the votes that won the moved labels
     "Images before and after, labels and Jacobian on the grid of a batch."
-    before, labels = None, None
+    before, labels, fraction, names = None, None, None, ()
     if batch.whole_labels is not None:
-        before, labels = (warp_labels(*batch.whole_labels, batch.grid, u, batch.rigid)[0][0] for u in (None, what.disp))
-    images = (image[0, 0] for image in (batch.fixed, batch.moving, what.moved))
-    names = () if labels is None else batch.names
-    return Overview(batch.grid, *images, before, labels, names, determinant(jacobian(what.disp, batch.grid))[0])
+        names = batch.names
+        (before, _), (labels, fraction) = (warp_labels(*batch.whole_labels, batch.grid, u, batch.rigid) for u in (None, disp))
+        before, labels, fraction = before[0], labels[0], fraction[0]
+    images = batch.fixed[0, 0], batch.moving[0, 0], warp(*batch.whole_moving, batch.grid, disp, world=batch.rigid)[0, 0]
+    return Overview(batch.grid, *images, before, labels, names, determinant(jacobian(disp, batch.grid))[0]), fraction
 
-# %% ../../nbs/33_measure.snapshot.ipynb #a730f0ce
+# %% ../../nbs/33_measure.snapshot.ipynb #6159e6c5
 class Snapshot(NamedTuple):
     "What the present velocity does to one sample."
 
@@ -50,11 +51,11 @@ def take_snapshot(
     similarity: Similarity | None = None,  # None leaves its figures out
 ) -> Snapshot:
     "Pictures and figures of a run, as it is now."
-    view, seen = make_view(what, batch), batch.mask[0, 0] > 0
+    (view, fraction), seen = make_view(what.disp, batch), batch.mask[0, 0] > 0
     length = what.disp[0].norm(dim=0)[seen]
     figures = {"displacement_mean_mm": length.mean().item(), "displacement_max_mm": length.max().item()}
     figures |= {"folding_percent": 100 * (view.jacobian_det[seen] <= 0).float().mean().item()}
-    figures |= bone_figures(what.disp, batch, fixed_labels)
+    figures |= bone_figures(what.disp, view, fraction, fixed_labels)
     if similarity is not None:
         pairs = {"before": (batch.moving, batch.fixed), "after": (what.moved, what.moved_back)}
         for when, (moved, back) in pairs.items():
@@ -64,17 +65,18 @@ def take_snapshot(
 
 def bone_figures(
     disp: Float[Tensor, "1 3 i j k"],  # mm, without the pre-alignment
-    batch: Batch,  # of one sample
-    fixed_labels: Int[Tensor, "i j k"] | None,  # on the grid of the batch
+    view: Overview,  # from `make_view`
+    fraction: Float[Tensor, "i j k"] | None,  # likewise
+    fixed_labels: Int[Tensor, "i j k"] | None,  # on the same grid
 ) -> dict[str, float]:  # residual_median_mm, dice_before, dice_after; NaN where unknown
     "How rigid the vertebrae are, and how well they lie on those of the fixed image."
-    nothing = dict.fromkeys(("residual_median_mm", "dice_before", "dice_after"), math.nan)
-    if batch.whole_labels is None:
-        return nothing
-    labels, fraction = moved_labels(disp, batch)
-    rows, _ = vertebra_rigidity(disp, batch.grid, labels, batch.names, fraction)
-    figures = nothing | ({"residual_median_mm": float(np.median([row.residual_rms_mm for row in rows]))} if rows else {})
-    if fixed_labels is None or not (rows and fixed_labels.any()):
+    figures = dict.fromkeys(("residual_median_mm", "dice_before", "dice_after"), math.nan)
+    if view.labels is None:
         return figures
-    before = moved_labels(torch.zeros_like(disp), batch)[0]
-    return figures | {"dice_before": mean_dice(before[0], fixed_labels), "dice_after": mean_dice(labels[0], fixed_labels)}
+    labels = view.labels * (fraction > 0.5)
+    rows, _ = vertebra_rigidity(disp, view.grid, labels[None], view.names, fraction[None])
+    if rows:
+        figures["residual_median_mm"] = float(np.median([row.residual_rms_mm for row in rows]))
+    if fixed_labels is not None and fixed_labels.any() and view.labels_before.any():
+        figures |= {"dice_before": mean_dice(view.labels_before, fixed_labels), "dice_after": mean_dice(labels, fixed_labels)}
+    return figures

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMAT', 'halvings', 'UNet', 'velocity_grid', 'predict', 'Trained', 'save_weights', 'find_weights', 'load_network']
 
-# %% ../../nbs/44_registration.networks.ipynb #0a5722b9
+# %% ../../nbs/44_registration.networks.ipynb #51ce4cd9
 import json
 from collections.abc import Mapping
 from functools import partial
@@ -24,7 +24,7 @@ import spinereg
 from ..files.nifti import write_atomic
 from ..space.geometry import Grid
 
-# %% ../../nbs/44_registration.networks.ipynb #bc912913
+# %% ../../nbs/44_registration.networks.ipynb #6edd6169
 def halvings(
     n: int,  # voxels along an axis, at least 8
     most: int = 4,  # levels of pooling there are
@@ -32,7 +32,7 @@ def halvings(
     "How often an axis can be halved so that four voxels are left."
     return max(h for h in range(most + 1) if h == 0 or -(-n // 2**h) >= 4)
 
-# %% ../../nbs/44_registration.networks.ipynb #4be4ef86
+# %% ../../nbs/44_registration.networks.ipynb #629ff82a
 class UNet(nn.Module):
     "U-Net from a fixed and a moving image to a stationary velocity (Jian et al., MICCAI 2022)."
 
@@ -78,7 +78,7 @@ class UNet(nn.Module):
         i, j, k = (n if self.full_resolution else -(-n // 2) for n in shape)
         return self.velocity(x)[:, :, :i, :j, :k]
 
-# %% ../../nbs/44_registration.networks.ipynb #28440ee9
+# %% ../../nbs/44_registration.networks.ipynb #a03786d5
 def velocity_grid(
     grid: Grid,  # of the images
     full_resolution: bool = False,  # as the network
@@ -102,7 +102,7 @@ def predict(
     onto = velocity_grid(grid, voxels.shape[2:] == fixed.shape[2:])
     return voxels * torch.as_tensor(onto.spacing_mm).to(voxels)[:, None, None, None], onto
 
-# %% ../../nbs/44_registration.networks.ipynb #082be9fa
+# %% ../../nbs/44_registration.networks.ipynb #75e02134
 FORMAT = "spinereg-unet-1"
 
 

@@ -6,7 +6,7 @@
 __all__ = ['PROGRESS', 'parameter_grid', 'velocity_of', 'descend', 'DiceOnOneGrid', 'look_at', 'Journal', 'Optimised', 'optimise',
            'make_transform']
 
-# %% ../../nbs/43_registration.optimise.ipynb #dc23df29
+# %% ../../nbs/43_registration.optimise.ipynb #768ba6c7
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from ..space.fields import blur, integrate, resample_field, warp, warp_labels
 from ..space.geometry import Grid, crop_grid, respace_grid
 
-# %% ../../nbs/43_registration.optimise.ipynb #5fa0ab5e
+# %% ../../nbs/43_registration.optimise.ipynb #1940c18f
 def parameter_grid(
     grid: Grid,  # of the images
 ) -> Grid:
@@ -41,7 +41,7 @@ def parameter_grid(
     half = respace_grid(grid, 2 * grid.spacing_mm)
     return crop_grid(half, [-1] * 3, np.array(half.shape) + 1)
 
-# %% ../../nbs/43_registration.optimise.ipynb #ebae0163
+# %% ../../nbs/43_registration.optimise.ipynb #1c1fecbf
 def velocity_of(
     parameter: Float[Tensor, "1 3 i j k"],
 ) -> Float[Tensor, "1 3 i j k"]:  # mm
@@ -79,7 +79,7 @@ def descend(
         row |= {"displacement_mean_mm": length.mean().item(), "displacement_max_mm": length.max().item()}
         yield row | {"gradient_norm": parameter.grad.norm().item()} | weights.row()
 
-# %% ../../nbs/43_registration.optimise.ipynb #ed7fde8e
+# %% ../../nbs/43_registration.optimise.ipynb #52e523ef
 class DiceOnOneGrid:
     "Dice with the fixed labels, counted on the same voxels from the first step to the last."
 
@@ -110,10 +110,10 @@ def look_at(
             seen.figures.update(dice_before=dice.before, dice_after=dice.of(warp(what.disp, batch.grid, dice.grid)))
     return seen
 
-# %% ../../nbs/43_registration.optimise.ipynb #32ae6438
+# %% ../../nbs/43_registration.optimise.ipynb #810136a1
 PROGRESS = "{percentage:3.0f} % |{bar:30}| {elapsed}, {remaining} left; {desc}"
 
-# %% ../../nbs/43_registration.optimise.ipynb #e5fbd9f0
+# %% ../../nbs/43_registration.optimise.ipynb #fbc92ccc
 @dataclass
 class Journal:
     "What happened in a run, the bar that shows how far it is, and the callback that hears of every step."
@@ -134,7 +134,7 @@ class Journal:
             self.on_step(step)
             self.stopped = step.stop and self.bar.n < self.bar.total
 
-# %% ../../nbs/43_registration.optimise.ipynb #abaa9917
+# %% ../../nbs/43_registration.optimise.ipynb #92da89c8
 class Optimised(NamedTuple):
     "The velocity of a pair, and how it was found."
 
@@ -174,7 +174,7 @@ def optimise(
                 break
     return Optimised(velocity, before, pd.DataFrame(journal.rows), journal.stopped)
 
-# %% ../../nbs/43_registration.optimise.ipynb #8f5ff4e2
+# %% ../../nbs/43_registration.optimise.ipynb #025d18cc
 def make_transform(
     velocity: Float[Tensor, "1 3 i j k"],  # mm
     grid: Grid,  # of the velocity

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Scene', 'make_scene', 'working_grid', 'overlap_mask', 'make_batch']
 
-# %% ../../nbs/41_registration.scene.ipynb #4d06dacc
+# %% ../../nbs/41_registration.scene.ipynb #07520847
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ from ..space.fields import coarsen, coverage, warp, warp_labels
 from ..space.geometry import Grid, crop_grid, respace_grid
 from ..losses.similarity import erode_mask
 
-# %% ../../nbs/41_registration.scene.ipynb #f53f524c
+# %% ../../nbs/41_registration.scene.ipynb #e4906880
 class Scene(NamedTuple):
     "Two images to be registered, on one device."
 
@@ -52,7 +52,7 @@ def make_scene(
         known = renumber(pair.fixed_labels.data.to(device), pair.fixed_labels.names, names)
     return Scene(fixed, pair.fixed.grid, moving, pair.moving.grid, rigid, labels, *measured, known)
 
-# %% ../../nbs/41_registration.scene.ipynb #630992f3
+# %% ../../nbs/41_registration.scene.ipynb #1dde9a4f
 def working_grid(
     scene: Scene,
     spacing_mm: float = 1.0,
@@ -72,7 +72,7 @@ def working_grid(
     high = np.minimum(place.amax(0).cpu().numpy() + 1 + margin, whole.shape)
     return crop_grid(whole, low, high)
 
-# %% ../../nbs/41_registration.scene.ipynb #4a04c379
+# %% ../../nbs/41_registration.scene.ipynb #119a0817
 def overlap_mask(
     scene: Scene,
     grid: Grid,
@@ -88,7 +88,7 @@ def overlap_mask(
     shrunk = erode_mask(both, reach)
     return shrunk if shrunk.sum() >= 0.1 * both.sum() else both
 
-# %% ../../nbs/41_registration.scene.ipynb #e48cd9bb
+# %% ../../nbs/41_registration.scene.ipynb #1ef86b8f
 def make_batch(
     scene: Scene,
     grid: Grid,  # working grid
