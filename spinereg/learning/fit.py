@@ -36,7 +36,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from ..files.labels import VERTEBRAE
-from ..files.nifti import write_atomic
+from ..files.problems import write_atomic
 from .cases import Crops, PrepareCase, case_dataset, compare_cases, crop_transform, find_cases, usable_cases
 from spinereg.losses.penalties import (
     bone_jacobian,
