@@ -19,19 +19,8 @@ from torch.utils.data import DataLoader
 
 import spinereg
 from spinereg.files.labels import SCHEMES, VERTEBRAE
-from spinereg.learning.cases import (
-    KEPT,
-    Crops,
-    OnDisk,
-    PrepareCase,
-    cache_gb,
-    case_dataset,
-    check,
-    crop_transform,
-    find_case,
-    find_cases,
-    usable_cases,
-)
+from spinereg.learning.cases import PrepareCase, check, find_case, find_cases
+from spinereg.learning.crops import KEPT, Crops, OnDisk, cache_gb, case_dataset, crop_transform, usable_cases
 
 ROOT = Path(__file__).resolve().parent.parent
 VALUE = {name: value for value, name in SCHEMES["verse"].items()}
@@ -436,7 +425,7 @@ def test_c11_crops_depend_on_seed_epoch_and_case_alone(item):
     assert not all(map(same, make(epoch=3), make(epoch=4)))
     assert not all(map(same, make(epoch=3), make(epoch=3, seed=1)))
     assert not same(make()[0], make()[1])
-    one, shares = make(epoch=3), [make(epoch=3, rank=rank, world=4) for rank in range(4)]
+    one, shares = make(epoch=3), [make(epoch=3, process=n, processes=4) for n in range(4)]
     assert [len(share) for share in shares] == [2] * 4
     assert all(same(shares[n % 4][n // 4], one[n % 6]) for n in range(8))
     assert sorted(map(tuple, one.draws)) == [(index, crop) for index in range(3) for crop in range(2)]

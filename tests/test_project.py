@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from configparser import ConfigParser
+from email.parser import Parser
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,11 @@ def settings():
 
 def requirements(*keys):
     return [Requirement(line) for key in keys for line in settings()[key].split()]
+
+
+def extras():
+    "The extras of settings.ini: `elastix` for its line `elastix_requirements`."
+    return {key.removesuffix("_requirements") for key in settings() if key.endswith("_requirements")}
 
 
 def python(*args, **kwargs):
@@ -178,7 +184,7 @@ def test_the_public_face_is_small_and_every_name_is_there():
 
 def test_e1_every_requirement_is_bounded_below_and_above():
     """E1: an install does not break with time."""
-    for need in requirements("requirements", "viewers_requirements"):
+    for need in requirements("requirements", *(f"{extra}_requirements" for extra in extras() - {"dev"})):
         bounds = {spec.operator for spec in need.specifier}
         assert "==" in bounds or {">=", "<"} <= bounds, str(need)
 
@@ -188,7 +194,7 @@ def test_e1_constraints_pin_every_requirement_within_its_bounds():
     lines = [line for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines() if not line.startswith("#")]
     pins = dict(line.split("==") for line in lines)
     assert list(pins) == sorted(pins)
-    for need in requirements("requirements", "dev_requirements", "viewers_requirements"):
+    for need in requirements("requirements", *(f"{extra}_requirements" for extra in extras())):
         assert need.specifier.contains(pins[canonicalize_name(need.name)], prereleases=True), str(need)
 
 
@@ -205,25 +211,47 @@ def test_version_is_one():
     assert re.search(r"(?m)^## (\S+)", (ROOT / "CHANGELOG.md").read_text("utf-8")).group(1) == version
 
 
-def test_wheel_carries_modules_and_apps_and_needs_no_tools(tmp_path):
-    """E1: built from a plain checkout; unpacked elsewhere, `spinereg.apps.paths` finds the notebooks."""
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    "A folder as pip would fill it: the wheel, built from a plain checkout and unpacked."
+    top = tmp_path_factory.mktemp("wheel")
     ignore = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
     for folder in ("nbs", "spinereg"):
-        shutil.copytree(ROOT / folder, tmp_path / "checkout" / folder, ignore=ignore)
+        shutil.copytree(ROOT / folder, top / "checkout" / folder, ignore=ignore)
     for name in ("settings.ini", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tmp_path / "checkout")
-    done = python("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(tmp_path / "checkout"))
+        shutil.copy(ROOT / name, top / "checkout")
+    done = python("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(top), str(top / "checkout"))
     assert done.returncode == 0, done.stderr
-    (wheel,) = tmp_path.glob("*.whl")
-    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    held = {path.relative_to(tmp_path / "site/spinereg").as_posix() for path in (tmp_path / "site/spinereg").rglob("*") if path.is_file()}
+    (wheel,) = top.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(top / "site")
+    return top / "site"
+
+
+@pytest.fixture(scope="module")
+def metadata(site):
+    "What the wheel says of itself."
+    return Parser().parsestr(next(site.glob("*.dist-info/METADATA")).read_text("utf-8"))
+
+
+def test_wheel_carries_modules_and_apps_and_needs_no_tools(site, metadata):
+    """E1: unpacked elsewhere, `spinereg.apps.paths` finds the notebooks."""
+    held = {path.relative_to(site / "spinereg").as_posix() for path in (site / "spinereg").rglob("*") if path.is_file()}
     assert held == {path.relative_to(ROOT / "spinereg").as_posix() for path in MODULES} | {f"notebooks/{path.name}" for path in APPS}
-    metadata = next((tmp_path / "site").glob("*.dist-info/METADATA")).read_text("utf-8")
-    needed = {Requirement(line).name for line in re.findall(r"(?m)^Requires-Dist: (.*)$", metadata) if "extra ==" not in line}
+    needed = {Requirement(line).name for line in metadata.get_all("Requires-Dist") if "extra ==" not in line}
     assert needed == {need.name for need in requirements("requirements")}
     code = "from spinereg.apps.paths import apps; print(*(path for path in apps().values()), sep='\\n')"
-    found = python("-c", code, cwd=tmp_path / "site").stdout.split()
-    assert [Path(path) for path in found] == [tmp_path / "site/spinereg/notebooks" / path.name for path in APPS]
+    found = python("-c", code, cwd=site).stdout.split()
+    assert [Path(path) for path in found] == [site / "spinereg/notebooks" / path.name for path in APPS]
+
+
+def test_every_extra_that_is_offered_can_be_installed(metadata):
+    """What README, an app or an error message says after `pip install` is an extra of the built package, with all its requirements."""
+    texts = [path.read_text("utf-8") for path in (ROOT / "README.md", ROOT / "Makefile", *MODULES, *NOTEBOOKS)]
+    offered = set(re.findall(r"(?:spinereg|\.)\[(\w+)\]\\?[\"']", "".join(texts)))
+    assert {"dev", "elastix", "itkwidgets", "viewers"} <= offered <= set(metadata.get_all("Provides-Extra"))
+    for extra in offered:
+        needs = {str(Requirement(line.split(";")[0])) for line in metadata.get_all("Requires-Dist") if f'extra == "{extra}"' in line}
+        assert needs == {str(need) for need in requirements(f"{extra}_requirements")}
 
 
 # the README and its two commands

@@ -141,7 +141,7 @@ def compare_runs(
 PANELS = {  # title -> table and column
     "Dice (case)": ("cases", "dice"),
     "rigid Dice (case)": ("cases", "rigid_dice"),
-    "volume change (vertebra), %": ("vertebrae", "volume_change_percent"),
+    "volume change, moving to moved (vertebra), %": ("vertebrae", "volume_change_percent"),
     "residual RMS (vertebra), mm": ("vertebrae", "residual_rms_mm"),
     "bone TRE (case), mm": ("cases", "tre_bone_mean_mm"),
     "soft tissue TRE (case), mm": ("cases", "tre_soft_tissue_mean_mm"),

@@ -178,9 +178,9 @@ class Registration:
 def rigidity_means(
     vertebrae: pd.DataFrame,  # as in `Registration`
 ) -> dict[str, float]:
-    "Mean and worst of the residuals and the volume changes of the vertebrae."
+    "Mean and worst of the residuals and of the sizes of the volume changes of the vertebrae."
     words = {"residual_rms": "mm", "residual_max": "mm", "volume_change": "percent"}
-    columns = {name: vertebrae[f"{name}_{unit}"] for name, unit in words.items()}
+    columns = {name: vertebrae[f"{name}_{unit}"].abs() for name, unit in words.items()}
     return {f"{name}_{kind}_{words[name]}": float(getattr(column, kind)()) for name, column in columns.items() for kind in ("mean", "max")}
 
 # %% ../../nbs/46_registration.results.ipynb #29a728aa
@@ -224,7 +224,7 @@ def summarise(
             far, turn = vertebrae.relative_distance_mm.max(), vertebrae.relative_angle_deg.max()
             words.append(f"Neighbours moved against each other by up to {far:.1f} mm and {turn:.1f} degrees.")
         rms, change = metrics["rigidity"]["residual_rms_max_mm"], metrics["rigidity"]["volume_change_max_percent"]
-        words.append(f"Each of them is rigid to {rms:.2f} mm (worst RMS), its volume kept to {change:.1f} %.")
+        words.append(f"Each of them is rigid to {rms:.2f} mm (worst RMS), its volume kept to {change:.1f} % (the worst, either way).")
     else:
         words.append("Rigidity is off: no labels in view.")
     slivers = [f"{name} ({seen:.0f} % in view)" for name, seen in metrics["seen_percent"].items() if name not in vertebrae.index]
