@@ -204,7 +204,7 @@ def test_names_and_images_may_occur_once_however_they_are_saved(tmp_path, quick_
 
 
 def test_notices_of_the_readers_are_in_the_table(tmp_path, quick_check):
-    """What `read_pair` prints about a file is a notice about it; the list of label values is none."""
+    """What `read_pair` notices about a file is a notice about its case."""
     draw(tmp_path / "train" / "a", masks=("ct_mask", "mr_mask"))
     values = paint(CT, CT_SHAPE).astype("float32")
     values[values > 0] += 0.01

@@ -18,13 +18,13 @@ from scipy.spatial.transform import Rotation
 
 import spinereg
 from spinereg.apps.paths import given_parameters
-from spinereg.files.nifti import InputError
 from spinereg.files.pairs import read_pair
+from spinereg.files.problems import InputError
 from spinereg.files.transforms import read_transform
 from spinereg.measure.motion import label_centres_mm
 from spinereg.registration.optimise import Scene, make_level, overlap_mask, working_grid
 from spinereg.registration.prealign import rigid_start
-from spinereg.registration.register import apply, make_scene, register, warn_memory
+from spinereg.registration.register import apply, make_scene, memory_warning, register
 from spinereg.space.geometry import Grid, transform_points
 
 SAMPLES = Path(__file__).parent.parent / "data_samples"
@@ -130,7 +130,10 @@ def test_B4_labels_of_the_moving_image_are_enough_and_none_also_run(tmp_path, ca
     """B4: without any labels it runs, and says that rigidity is off."""
     given = files("easy_0")
     result = register(given["fixed"], given["moving"], out_dir=tmp_path, **QUICK)
-    assert "rigidity off: no labels" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "rigidity off: no labels" in printed
+    assert all(str(notice) in printed for notice in result.pair.notices)
+    assert [notice["name"] for notice in json.loads((tmp_path / "metrics.json").read_text())["notices"]] == ["fixed", "moving"]
     assert "Rigidity is off: no labels" in result.summary()
     assert not (tmp_path / "moved_labels.nii.gz").exists()
     labelled = register(given["fixed"], given["moving"], given["moving_labels"], **QUICK)
@@ -386,14 +389,11 @@ def test_A3_filled_voxels_are_no_data(tmp_path):
     assert whole.moving.measured is None
 
 
-def test_a_grid_larger_than_the_memory_is_said_before_work_starts(capsys):
+def test_a_grid_larger_than_the_memory_is_said_before_work_starts():
     given = files("easy_0")
     pair = read_pair(given["fixed"], given["moving"], given["moving_labels"])
-    capsys.readouterr()
-    warn_memory(pair, 0.05, torch.device("cpu"))
-    assert "larger spacing_mm" in capsys.readouterr().out
-    warn_memory(pair, 3.0, torch.device("cpu"))
-    assert not capsys.readouterr().out
+    assert "larger spacing_mm" in memory_warning(pair, 0.05, torch.device("cpu"))[0]
+    assert not memory_warning(pair, 3.0, torch.device("cpu"))
 
 
 def test_a_failed_registration_does_not_read_like_a_good_one(tmp_path):

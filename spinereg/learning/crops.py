@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import spinereg
-from ..files.nifti import write_atomic
+from ..files.problems import write_atomic
 from .cases import REACH, Case, Finding, PrepareCase, compare_cases, find_cases
 from ..registration.optimise import PROGRESS
 

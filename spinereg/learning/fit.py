@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from ..files.labels import VERTEBRAE
-from ..files.nifti import write_atomic
+from ..files.problems import write_atomic
 from .cases import PrepareCase
 from .crops import Crops, Split, crop_transform, cut_crop, prepare_splits
 from spinereg.losses.penalties import (
