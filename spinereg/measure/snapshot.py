@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['make_view', 'Snapshot', 'take_snapshot', 'bone_figures']
 
-# %% ../../nbs/33_measure.snapshot.ipynb #b83c7283
+# %% ../../nbs/33_measure.snapshot.ipynb #78819ba9
 import math
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ from .motion import vertebra_rigidity
 from .pictures import Overview
 from ..space.fields import determinant, jacobian, warp, warp_labels
 
-# %% ../../nbs/33_measure.snapshot.ipynb #19b37ee5
+# %% ../../nbs/33_measure.snapshot.ipynb #4db63482
 def make_view(
     disp: Float[Tensor, "1 3 i j k"],  # mm, without the pre-alignment, on the grid of the batch
     batch: Batch,  # of one sample
@@ -35,7 +35,7 @@ def make_view(
     images = batch.fixed[0, 0], batch.moving[0, 0], warp(*batch.whole_moving, batch.grid, disp, world=batch.rigid)[0, 0]
     return Overview(batch.grid, *images, before, labels, names, determinant(jacobian(disp, batch.grid))[0]), fraction
 
-# %% ../../nbs/33_measure.snapshot.ipynb #6159e6c5
+# %% ../../nbs/33_measure.snapshot.ipynb #316c8898
 class Snapshot(NamedTuple):
     "What the present velocity does to one sample."
 

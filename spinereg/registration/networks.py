@@ -21,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 import spinereg
-from ..files.nifti import write_atomic
+from ..files.problems import write_atomic
 from ..space.geometry import Grid
 
 # %% ../../nbs/44_registration.networks.ipynb #6edd6169

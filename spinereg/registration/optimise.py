@@ -16,13 +16,13 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
 from ..files.transforms import SpineTransform
 from ..losses.bone import bone_voxels
-from ..losses.objective import Batch, Fields, Weights, apply_velocity, loss_terms, moved_labels, not_finite
+from ..losses.objective import Batch, Weights, apply_velocity, loss_terms, moved_labels, not_finite
 from ..losses.similarity import Similarity
 from ..measure.metrics import mean_dice
 from ..measure.snapshot import Snapshot, take_snapshot
