@@ -33,7 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..files.transforms import FLIP, SpineTransform, itk_image
-from ..losses.objective import Batch
+from ..losses.objective import Batch, batch_on_grid
 from ..registration.optimise import PROGRESS
 from ..registration.register import check_settings, conclude, prepare, register
 from ..registration.results import Registration

@@ -28,9 +28,9 @@ from ..files.pairs import Pair
 from ..files.problems import InputError, Notice, Problem, write_atomic
 from ..files.volumes import Labels
 from ..registration.optimise import PROGRESS
-from ..registration.scene import make_batch
 from ..registration.prealign import level_shift
 from ..registration.register import Prepared, prepare
+from ..registration.scene import make_batch
 from ..space.fields import warp_labels
 from ..space.geometry import Grid
 

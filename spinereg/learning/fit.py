@@ -38,10 +38,10 @@ from ..files.labels import VERTEBRAE
 from ..files.problems import write_atomic
 from .cases import PrepareCase
 from .crops import Crops, Split, crop_transform, cut_crop, prepare_splits
-from ..measure.pictures import Picture
 from ..losses.bone import bone_voxels
 from ..losses.objective import Batch, Fields, Weights, apply_velocity, batch_on_grid, loss_terms, moved_labels
 from ..losses.similarity import SIMILARITIES, similarity_of
+from ..measure.pictures import Picture
 from ..measure.snapshot import Snapshot, take_snapshot
 from ..registration.networks import FORMAT, UNet, load_network, predict, save_weights
 from ..registration.optimise import PROGRESS
@@ -237,7 +237,7 @@ def save_checkpoint(
         "settings": json.dumps(dict(settings), default=str),
         "epoch": learner.epoch,
         "taken": learner.taken,
-        "weights": asdict(learner.weights),
+        "weights": {name: float(weight) for name, weight in asdict(learner.weights).items()},
         "stage": learner.stage,
         "best": learner.best,
         "random": torch.get_rng_state(),

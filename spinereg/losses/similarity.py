@@ -6,17 +6,17 @@
 __all__ = ['SIMILARITIES', 'full_precision', 'masked_mean', 'erode_mask', 'Similarity', 'box_mean', 'LNCC', 'joint_histogram',
            'entropies', 'MI', 'nmi', 'mind_ssc', 'MIND', 'similarity_of']
 
-# %% ../../nbs/20_losses.similarity.ipynb #cded9b0c
+# %% ../../nbs/20_losses.similarity.ipynb #8974e955
 from dataclasses import dataclass
 from functools import wraps
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-# %% ../../nbs/20_losses.similarity.ipynb #33c08492
+# %% ../../nbs/20_losses.similarity.ipynb #550af4a9
 def full_precision(loss):
     "Run a loss in float32 (or float64, if its input is), whatever autocast says."
 
@@ -31,7 +31,7 @@ def full_precision(loss):
 
     return run
 
-# %% ../../nbs/20_losses.similarity.ipynb #a50f7c3e
+# %% ../../nbs/20_losses.similarity.ipynb #149e23e7
 def masked_mean(
     values: Float[Tensor, "b 1 i j k"],
     mask: Shaped[Tensor, "#b 1 i j k"] | None = None,  # 0 or False where a voxel does not count
@@ -42,7 +42,7 @@ def masked_mean(
     mask = mask.to(values)
     return (values * mask).sum((1, 2, 3, 4)) / mask.sum((1, 2, 3, 4)).clamp_min(1)
 
-# %% ../../nbs/20_losses.similarity.ipynb #f8391b9d
+# %% ../../nbs/20_losses.similarity.ipynb #cd20738f
 def erode_mask(
     mask: Shaped[Tensor, "b 1 i j k"],
     reach: int,  # voxels
@@ -54,7 +54,8 @@ def erode_mask(
         hole = F.max_pool3d(hole, size, stride=1, padding=[n // 2 for n in size])
     return 1 - hole
 
-# %% ../../nbs/20_losses.similarity.ipynb #9ac43b1b
+# %% ../../nbs/20_losses.similarity.ipynb #8e7af452
+@runtime_checkable
 class Similarity(Protocol):
     "A way to compare two images."
 
@@ -68,7 +69,7 @@ class Similarity(Protocol):
         mask: Shaped[Tensor, "#b 1 i j k"] | None = None,  # where it counts
     ) -> Float[Tensor, " b"]: ...  # a loss, lower for images that are more alike
 
-# %% ../../nbs/20_losses.similarity.ipynb #53ee4eb3
+# %% ../../nbs/20_losses.similarity.ipynb #a5afcd47
 class _BoxMean(torch.autograd.Function):
     "Mean over every box of `width` voxels that fits into the volume."
 
@@ -95,7 +96,7 @@ def box_mean(
     "Mean over the box of (2 radius + 1)^3 voxels around each voxel, where it fits."
     return _BoxMean.apply(x, 2 * radius + 1)
 
-# %% ../../nbs/20_losses.similarity.ipynb #889e1922
+# %% ../../nbs/20_losses.similarity.ipynb #ba92e3b5
 @dataclass(frozen=True)
 class LNCC:
     "Local correlation: one minus the mean squared correlation of two images in a small window."
@@ -130,7 +131,7 @@ def _standardise(
     centred = centred / (centred.detach().square().mean((1, 2, 3, 4), keepdim=True).sqrt() + rounding)
     return F.pad(centred, [radius] * 6, mode="replicate"), centred.square().mean((1, 2, 3, 4), keepdim=True)
 
-# %% ../../nbs/20_losses.similarity.ipynb #ff65e102
+# %% ../../nbs/20_losses.similarity.ipynb #23378156
 def _parzen(
     place: Float[Tensor, "b p"],  # of each value on the axis of bins
     bins: int,
@@ -145,7 +146,7 @@ def _parzen(
     d = place - middle
     return middle.long() - 1, torch.stack([(0.5 - d).square() / 2, 0.75 - d.square(), (0.5 + d).square() / 2], -1)
 
-# %% ../../nbs/20_losses.similarity.ipynb #c7f4207a
+# %% ../../nbs/20_losses.similarity.ipynb #c905e832
 def joint_histogram(
     fixed: Float[Tensor, "b p"],  # places on the axis of bins, from 0 (degree 1) or 1 (degree 2) upwards
     moved: Float[Tensor, "b p"],  # likewise
@@ -164,7 +165,7 @@ def joint_histogram(
         joint = joint + counts.view(b, bins, bins).roll((f, m), (1, 2))
     return joint / joint.sum((1, 2), keepdim=True).clamp_min(1e-6)
 
-# %% ../../nbs/20_losses.similarity.ipynb #f06beb96
+# %% ../../nbs/20_losses.similarity.ipynb #bd8c0b60
 def entropies(
     joint: Float[Tensor, "b f m"],  # sums to 1
 ) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"], Float[Tensor, " b"]]:  # of the first value, of the second, of both together; nats
@@ -172,7 +173,7 @@ def entropies(
     h_f, h_m, h_fm = (-(p * (p + 1e-12).log()).flatten(1).sum(1) for p in (joint.sum(2), joint.sum(1), joint))
     return h_f, h_m, h_fm
 
-# %% ../../nbs/20_losses.similarity.ipynb #5ae5df17
+# %% ../../nbs/20_losses.similarity.ipynb #dfd731c3
 @dataclass(frozen=True)
 class MI:
     "Mutual information, negative: 0 for unrelated images, minus the shared information in nats for others."
@@ -196,7 +197,7 @@ class MI:
         low, high = values.detach().amin(1, keepdim=True), values.detach().amax(1, keepdim=True)
         return (values - low) / torch.where(high > low, high - low, 1) * (self.bins - 3) + 1
 
-# %% ../../nbs/20_losses.similarity.ipynb #c01accd3
+# %% ../../nbs/20_losses.similarity.ipynb #ba0ddf4d
 def nmi(
     one: Float[Tensor, " p"],  # 0 to 1
     other: Float[Tensor, "b p"],  # 0 to 1
@@ -208,7 +209,7 @@ def nmi(
     h_f, h_m, h_fm = entropies(joint_histogram(*places, weight, bins, degree=1))
     return (h_f + h_m) / h_fm.clamp_min(1e-6)
 
-# %% ../../nbs/20_losses.similarity.ipynb #ca08f7fe
+# %% ../../nbs/20_losses.similarity.ipynb #a6f747cb
 def _self_distances(
     padded: Float[Tensor, "b 1 i j k"],  # image with radius + dilation voxels more on every side
     radius: int,
@@ -230,7 +231,7 @@ def _self_distances(
         distances += [window(boxes, p - first, shape), window(boxes, -q - first, shape)]
     return torch.cat(distances, 1)
 
-# %% ../../nbs/20_losses.similarity.ipynb #f178dba0
+# %% ../../nbs/20_losses.similarity.ipynb #5030975d
 def _patch_scale(image: Float[Tensor, "b 1 i j k"], dilation: int) -> tuple[Float[Tensor, "b 1 1 1 1"], ...]:
     "Smallest and largest allowed mean of the patch distances, from the sample's own intensities. No gradient."
     image = image.detach()
@@ -258,7 +259,7 @@ def mind_ssc(
     padded = F.pad(image, [radius + dilation] * 6, mode="replicate")
     return _descriptor(padded, _patch_scale(image, dilation), radius, dilation)
 
-# %% ../../nbs/20_losses.similarity.ipynb #23c89131
+# %% ../../nbs/20_losses.similarity.ipynb #3a0a9c24
 class _SlabSum(torch.autograd.Function):
     "Sum of a per-slab error over all slabs of two padded images; both gradients are made in the forward pass."
 
@@ -285,7 +286,7 @@ class _SlabSum(torch.autograd.Function):
     def backward(ctx, grad):
         return *[None if g is None else g * grad[:, None, None, None, None] for g in ctx.saved_tensors], None, None, None
 
-# %% ../../nbs/20_losses.similarity.ipynb #6eb8cc1a
+# %% ../../nbs/20_losses.similarity.ipynb #a7d895d7
 @dataclass(frozen=True)
 class MIND:
     "Self-similarity: mean squared difference of the two images' MIND-SSC descriptors."
@@ -315,7 +316,7 @@ class MIND:
         padded = [F.pad(image, [self.reach] * 6, mode="replicate") for image in (fixed, moved)]
         return _SlabSum.apply(*padded, error, rows, self.reach) / mask.sum((1, 2, 3, 4)).clamp_min(1)
 
-# %% ../../nbs/20_losses.similarity.ipynb #dbf4e322
+# %% ../../nbs/20_losses.similarity.ipynb #415a165f
 SIMILARITIES: dict[str, Similarity] = {"lncc": LNCC(), "mind": MIND(), "mi": MI()}
 
 
@@ -323,7 +324,7 @@ def similarity_of(
     similarity: str | Similarity,  # a name, or the thing itself
 ) -> Similarity:
     "The similarity that is meant."
-    if callable(similarity) and hasattr(similarity, "reach"):
+    if isinstance(similarity, Similarity):
         return similarity
     if similarity not in SIMILARITIES:
         known = f"expected one of {', '.join(SIMILARITIES)}, or an object to call with fixed, moved and mask that has a reach"

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
@@ -28,8 +29,6 @@ from ..measure.metrics import mean_dice
 from ..measure.snapshot import Snapshot, take_snapshot
 from .run import Step
 from .scene import Scene, make_batch
-import torch.nn.functional as F
-
 from ..space.fields import blur, integrate, resample_field, warp, warp_labels
 from ..space.geometry import Grid, crop_grid, respace_grid
 

@@ -45,7 +45,7 @@ from ..measure.pictures import Overview, Picture, draw_overview
 from ..measure.snapshot import make_view
 from .prealign import RigidStart
 from .scene import Scene, make_batch, overlap_mask
-from ..space.fields import inside, jacobian, read_index, warp, warp_labels
+from ..space.fields import determinant, inside, jacobian, read_index, warp, warp_labels
 from ..space.geometry import Grid, sample_index, transform_points
 
 # %% ../../nbs/46_registration.results.ipynb #d7f9709d

@@ -25,7 +25,7 @@ class Step:
 
     row: Mapping[str, float | int | str]  # terms of the loss, gradient norm, displacement, weights, where in the run
     done: float  # share of the work, 0 to 1
-    weights: dict[str, float]  # of the terms; what is changed here counts from the next step on
+    weights: object  # of the terms, by name, such as weights.oc; what is changed here counts from the next step on
     look: Callable[..., tuple[Overview, dict[str, float]]]  # look(number of the case): pictures' data and figures as it is now; takes time
     cases: tuple[str, ...] = ()  # those that `look` can show; empty where there is only one, and look() shows it
     stop: bool = False  # set it to end the run after this step
