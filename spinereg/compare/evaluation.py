@@ -23,7 +23,7 @@ from scipy.stats import bootstrap
 from tqdm import tqdm
 
 from .elastix import register_elastix
-from ..files.nifti import write_atomic
+from ..files.problems import write_atomic
 from ..learning.cases import FILES, Case, find_cases
 from ..measure.pictures import Picture
 from ..registration.networks import find_weights

@@ -6,10 +6,9 @@
 __all__ = ['PUBLISHED', 'PRESETS', 'FIRST', 'PARAMETERS', 'STAGES', 'on_device', 'grid_of', 'move_batch', 'similarity_both_ways',
            'loss_terms', 'preset_parameters', 'Learner', 'learn', 'skip', 'measure', 'validate', 'score',
            'learns_nothing', 'save_checkpoint', 'load_checkpoint', 'Records', 'read_records', 'epoch_row', 'check_fit',
-           'Split', 'prepare_split', 'prepare_splits', 'make_accelerator', 'Fitted', 'begin', 'first_network',
-           'make_learner', 'term_weights', 'weights_now', 'look_at', 'Reporter', 'train_epoch', 'validate_together',
-           'keep', 'close_epoch', 'cut_crop', 'crops_of', 'checkpoint', 'begin_stage', 'run_epoch', 'run_training',
-           'fit', 'draw_training']
+           'make_accelerator', 'Fitted', 'begin', 'first_network', 'make_learner', 'term_weights', 'weights_now',
+           'look_at', 'Reporter', 'train_epoch', 'validate_together', 'keep', 'close_epoch', 'crops_of', 'checkpoint',
+           'begin_stage', 'run_epoch', 'run_training', 'fit', 'draw_training']
 
 # %% ../../nbs/52_learning.fit.ipynb #d234e785
 import contextlib
@@ -35,8 +34,9 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from ..files.labels import VERTEBRAE
-from ..files.nifti import write_atomic
-from .cases import Crops, PrepareCase, case_dataset, compare_cases, crop_transform, find_cases, usable_cases
+from ..files.problems import write_atomic
+from .cases import PrepareCase
+from .crops import Crops, Split, crop_transform, cut_crop, prepare_splits
 from spinereg.losses.penalties import (
     bone_jacobian,
     bone_voxels,
@@ -404,52 +404,6 @@ def check_fit(
         wrong.append(f"crop={given['crop']!r}: expected three whole numbers of voxels, at least 8 each")
     refuse("fit", wrong)
 
-# %% ../../nbs/52_learning.fit.ipynb #7e9e0363
-class Split(NamedTuple):
-    "The prepared cases of train or val."
-
-    cases: Dataset
-    indices: list[int]  # those that can be used
-    left_out: pd.DataFrame  # case, vertebra, reason
-    contents: list[dict]  # case, voxels and shape of those
-
-
-def prepare_split(
-    data_dir: str | Path,
-    split: str,  # "train" or "val"
-    prepare_case: PrepareCase,
-    cache: str,
-    cache_dir: Path,
-    workers: int,
-) -> Split:
-    "Find the cases of a split and prepare them."
-    found, findings = find_cases(data_dir, split)
-    for finding in findings:
-        print(f"{finding.case}: {finding.reason}. {finding.fix}")
-    if not found:
-        raise ValueError(f"fit: {findings[-1].reason}. {findings[-1].fix}")
-    cases = case_dataset(found, prepare_case, cache, cache_dir, workers)
-    indices, left_out = usable_cases(cases, split)
-    items = [cases[index] for index in indices]
-    if not any(item["labels"].any() for item in items):
-        print(f"{split}: rigidity off: no labels")
-    contents = [{"case": item["case"], "voxels": item["voxels"], "shape": tuple(item["fixed"].shape[1:])} for item in items]
-    return Split(cases, indices, left_out, contents)
-
-
-def prepare_splits(
-    data_dir: str | Path,
-    prepare_case: PrepareCase,
-    cache: str,
-    cache_dir: Path,
-    workers: int,
-) -> list[Split]:  # train and val
-    "Prepare both splits; say which cases are in both, so that a validation on them proves nothing."
-    splits = [prepare_split(data_dir, split, prepare_case, cache, cache_dir, workers) for split in ("train", "val")]
-    for finding in compare_cases([item for split in splits for item in split.contents]):
-        print(f"{finding.case}: {finding.reason}; what is measured on it says nothing about unseen cases. {finding.fix}")
-    return splits
-
 # %% ../../nbs/52_learning.fit.ipynb #4fe28b47
 def make_accelerator(
     device: str,  # "auto", "cpu" or "cuda"
@@ -678,18 +632,6 @@ def close_epoch(
         records.write(out_dir)
 
 # %% ../../nbs/52_learning.fit.ipynb #babdbc90
-def cut_crop(
-    crop: Sequence[int],  # voxels
-    split: Split,
-) -> tuple[int, ...]:
-    "A crop no larger than the largest case."
-    largest = np.max([item["shape"] for item in split.contents], axis=0)
-    cut = tuple(int(min(n, most)) for n, most in zip(crop, largest))
-    if cut != tuple(crop):
-        print(f"crops of {' x '.join(map(str, crop))} voxels are larger than any case at this spacing_mm; cut to {' x '.join(map(str, cut))}")
-    return cut
-
-
 def crops_of(
     split: Split,
     epoch: int,

@@ -26,8 +26,8 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from ..files.labels import SCHEMES
-from ..files.nifti import write_atomic
 from ..files.pairs import COORDINATES, Landmarks
+from ..files.problems import write_atomic
 from .spine import Vertebra, anchors, build_spine, vertebra_distance
 from .tissues import build_anatomy, ct_scan, mr_scan, render, streaks
 from .truth import Truth, bone_points, clearances_mm, inverse_map, posture, smallest_jacobian

@@ -8,8 +8,6 @@ __all__ = ['move_image', 'vertebra_table', 'touches_border', 'compare_labels', '
 
 # %% ../../nbs/46_registration.results.ipynb #5e830d6b
 import json
-import os
-import tempfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +20,7 @@ from torch import Tensor
 
 from ..files.nifti import write_image
 from ..files.pairs import Pair
+from ..files.problems import write_together
 from ..files.transforms import FLIP, SpineTransform, itk_affine, write_itk, write_transform
 from ..files.volumes import Labels, write_labels
 from ..losses.penalties import bone_voxels, determinant, rigid_dice, rigid_motions
@@ -329,16 +328,9 @@ def save(
     out_dir: str | Path,  # made when missing
 ) -> Path:
     "Write every result file into a folder: all of them aside first, then each in its place."
-    done = Path(out_dir)
-    done.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=done) as aside:
-        write_files(result, Path(aside))
-        for old in [done / "moved_labels.nii.gz", *(done / "vertebrae").glob("*.tfm")]:
-            old.unlink(missing_ok=True)
-        (done / "vertebrae").mkdir(exist_ok=True)
-        for path in Path(aside).rglob("*.*"):
-            os.replace(path, done / path.relative_to(aside))
-    return done
+    with write_together(out_dir, replaced=("moved_labels.nii.gz", "vertebrae/*.tfm")) as aside:
+        write_files(result, aside)
+    return Path(out_dir)
 
 
 def write_files(
