@@ -120,6 +120,13 @@ def test_notebook_opens_with_a_title_and_a_subtitle(path):
     assert re.match(r"# \S.*\n\n> \S", first), first[:80]
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
+def test_links_from_a_notebook_lead_somewhere(path):
+    links = re.findall(r"\]\(([^)#:]+)[)#]", "".join(source(cell) for cell in cells(path, "markdown")))
+    missing = [link for link in links if not (path.parent / link).exists()]
+    assert not missing
+
+
 BOOK = [path for path in NOTEBOOKS if re.match(r"\d", path.name)]
 
 
