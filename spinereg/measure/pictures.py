@@ -8,7 +8,6 @@ __all__ = ['SAGITTAL', 'CORONAL', 'AXIAL', 'LETTER_BOX', 'COLOURS', 'Picture', '
            'draw_plane', 'draw_overview', 'draw_history']
 
 # %% ../../nbs/32_measure.pictures.ipynb #55e2b370
-from collections.abc import Sequence
 from io import BytesIO
 from typing import NamedTuple
 
@@ -191,7 +190,7 @@ def middle_of(
 
 # %% ../../nbs/32_measure.pictures.ipynb #2cb1d8ec
 def draw_plane(
-    row: Sequence[Axes],  # six
+    row: np.ndarray,  # (6,) Axes
     view: Overview,
     plane: Plane,
     at: int,  # along the axis that is cut
