@@ -27,9 +27,10 @@ from ..files.labels import VERTEBRAE
 from ..files.pairs import Pair
 from ..files.problems import InputError, Notice, Problem, write_atomic
 from ..files.volumes import Labels
-from ..registration.optimise import PROGRESS, make_level
+from ..registration.optimise import make_level
 from ..registration.prealign import level_shift
 from ..registration.register import Prepared, prepare
+from ..registration.run import PROGRESS
 from ..space.fields import warp_labels
 from ..space.geometry import Grid
 
