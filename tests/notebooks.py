@@ -31,7 +31,8 @@ def texts(outputs):
     shown = [output["data"] for output in outputs if "data" in output]
     shown = [data for data in shown if not any(kind.startswith(("image/", "application/")) for kind in data)]
     found = [stream, *("".join(data.get("text/markdown") or data.get("text/plain", "")) for data in shown)]
-    return [" ".join(PASSING.sub("...", PROGRESS.sub("", text.replace("\r", "\n"))).split()) for text in found]
+    found = [" ".join(PASSING.sub("...", PROGRESS.sub("", text.replace("\r", "\n"))).split()) for text in found]
+    return [found[0], *filter(None, found[1:])]
 
 
 def close(stored, fresh):

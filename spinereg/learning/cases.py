@@ -27,9 +27,9 @@ from ..files.labels import VERTEBRAE
 from ..files.pairs import Pair
 from ..files.problems import InputError, Notice, Problem, write_atomic
 from ..files.volumes import Labels
-from ..registration.optimise import PROGRESS
 from ..registration.prealign import level_shift
 from ..registration.register import Prepared, prepare
+from ..registration.run import PROGRESS
 from ..registration.scene import make_batch
 from ..space.fields import warp_labels
 from ..space.geometry import Grid

@@ -22,7 +22,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import partial
-from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,8 +43,7 @@ from ..losses.similarity import SIMILARITIES, similarity_of
 from ..measure.pictures import Picture
 from ..measure.snapshot import Snapshot, take_snapshot
 from ..registration.networks import FORMAT, UNet, load_network, predict, save_weights
-from ..registration.optimise import PROGRESS
-from ..registration.run import Step, frees_memory
+from ..registration.run import PROGRESS, Step, frees_memory, in_range, one_of, refuse, whole
 from ..space.geometry import Grid
 
 # %% ../../nbs/52_learning.fit.ipynb #ee22ebeb
@@ -339,20 +337,16 @@ def check_fit(
     choices = {"similarity": tuple(SIMILARITIES), "cache": ("none", "ram", "disk"), "mixed_precision": ("no", "bf16", "fp16")}
     choices |= {"logger": ("tensorboard", "wandb", "none"), "device": ("auto", "cpu", "cuda")}
     choices |= {"prealign": ("header", "centres", "labels", "search", "auto")}
-    wrong = [f"{name}={given[name]!r}: expected one of {', '.join(known)}" for name, known in choices.items() if given[name] not in known]
-    weights = [name for name in given if name.startswith("weight_")]
-    for name, low, high in (("spacing_mm", 0.2, 5), ("learning_rate", 1e-8, 1), ("decay", 0.5, 1), *((name, 0, 1e6) for name in weights)):
-        if not isinstance(given[name], Real) or not low <= given[name] <= high:
-            wrong.append(f"{name}={given[name]!r}: expected a number from {low:g} to {high:g}")
+    wrong = [one_of(name, given[name], known) for name, known in choices.items()]
+    ranges = {"spacing_mm": (0.2, 5), "learning_rate": (1e-8, 1), "decay": (0.5, 1)}
+    ranges |= {name: (0, 1e6) for name in given if name.startswith("weight_")}
+    wrong += [in_range(name, given[name], low, high) for name, (low, high) in ranges.items()]
     counts = {"epochs_similarity": 0, "epochs_rigidity": 0, "workers": 0, "seed": 0}
     counts |= dict.fromkeys(("crops_per_case", "batch_size", "accumulate", "validate_every", "checkpoint_every"), 1)
-    for name, least in counts.items():
-        if not isinstance(given[name], int) or given[name] < least:
-            wrong.append(f"{name}={given[name]!r}: expected a whole number, at least {least}")
+    wrong += [whole(name, given[name], least) for name, least in counts.items()]
     if len(given["crop"]) != 3 or not all(isinstance(n, int) and n >= 8 for n in given["crop"]):
         wrong.append(f"crop={given['crop']!r}: expected three whole numbers of voxels, at least 8 each")
-    if wrong:
-        raise ValueError("fit: " + "; ".join(wrong))
+    refuse("fit", wrong)
 
 # %% ../../nbs/52_learning.fit.ipynb #4fe28b47
 def make_accelerator(

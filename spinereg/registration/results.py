@@ -4,24 +4,20 @@
 
 # %% auto #0
 __all__ = ['move_image', 'vertebra_table', 'touches_border', 'compare_labels', 'measure_field', 'Registration', 'rigidity_means',
-           'doubts', 'summarise', 'likeness', 'evaluate', 'save', 'write_files', 'environment']
+           'doubts', 'summarise', 'likeness', 'evaluate', 'save', 'write_files']
 
 # %% ../../nbs/46_registration.results.ipynb #5e830d6b
 import json
-import platform
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import psutil
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-import spinereg
 from ..files.nifti import write_image
 from ..files.pairs import Pair
 from ..files.problems import write_together
@@ -358,25 +354,3 @@ def write_files(
     result.vertebrae.to_csv(folder / "vertebrae.csv", float_format="%.6g")
     (folder / "metrics.json").write_text(json.dumps(result.metrics, indent=1))
     result.overview().savefig(folder / "overview.png", dpi=110)
-
-# %% ../../nbs/46_registration.results.ipynb #de154a5f
-def environment(
-    device: torch.device,
-) -> dict:
-    "Versions, device and peak memory of this process."
-    packages = {name: version(name) for name in ("torch", "numpy", "scipy", "nibabel", "SimpleITK")}
-    process = psutil.Process().memory_info()
-    peak = getattr(process, "peak_wset", None) or _peak_rss()
-    used = {"peak_memory_gb": round(peak / 1e9, 3)}
-    if device.type == "cuda":
-        used["peak_gpu_memory_gb"] = round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {"spinereg": spinereg.__version__, "python": platform.python_version(), **packages, "device": f"{device.type} ({name})", **used}
-
-
-def _peak_rss() -> int:
-    "Largest resident memory of this process so far, bytes (Linux and macOS)."
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if platform.system() == "Darwin" else 1024 * peak
