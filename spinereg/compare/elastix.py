@@ -33,10 +33,10 @@ from tqdm import tqdm
 
 from ..files.transforms import FLIP, SpineTransform, itk_image
 from ..losses.objective import Batch
-from ..registration.scene import Scene, make_batch
 from ..registration.register import check_settings, conclude, prepare, register
 from ..registration.results import Registration
 from ..registration.run import PROGRESS, in_range, refuse, whole
+from ..registration.scene import Scene, make_batch
 from ..space.fields import invert, warp_labels
 from ..space.geometry import Grid, crop_grid
 
