@@ -179,7 +179,8 @@ EVERY = [
 import spinereg
 from spinereg.interactive.monitor import TrainingMonitor
 from spinereg.interactive.view3d import view3d
-from spinereg.interactive.viewers import DeformedGrid, Interactive, JacobianMap, Quiver, SliceViewer
+from spinereg.interactive.display import Interactive
+from spinereg.interactive.viewers import DeformedGrid, JacobianMap, Quiver, SliceViewer
 from spinereg.measure.pictures import Picture
 
 def draw(cycles):
