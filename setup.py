@@ -39,7 +39,7 @@ setup(
     ],
     python_requires=f">={about['min_python']}",
     install_requires=about["requirements"].split(),
-    extras_require={extra: about[f"{extra}_requirements"].split() for extra in ("dev", "viewers", "wandb", "elastix")},
+    extras_require={key.removesuffix("_requirements"): about[key].split() for key in about if key.endswith("_requirements")},
     cmdclass={"sdist": SourceWithSettings},
     packages=[*find_packages(include=["spinereg", "spinereg.*"]), "spinereg.notebooks"],
     package_dir={"spinereg.notebooks": "nbs/apps"},

@@ -1,4 +1,4 @@
-"""Every way in which a file of a pair can be wrong: one clear error that names input, file and remedy, or a printed notice.
+"""Every way in which a file of a pair can be wrong: one clear error that names input, file and remedy, or a notice.
 
 Each test writes the bad file itself. Repairs are compared with what the good file would have given.
 """
@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from spinereg.files.nifti import InputError
 from spinereg.files.pairs import read_landmarks, read_pair
+from spinereg.files.problems import InputError
 from spinereg.files.volumes import read_image, read_labels
 from spinereg.space.geometry import transform_points
 
@@ -60,6 +60,17 @@ def refused(read, *parts):
         assert problem.reason
         assert problem.fix.endswith(".")
     return text
+
+
+def said(*read):
+    "All that was noticed about what was read, a line each."
+    return "\n".join(str(notice) for part in read for notice in part.notices)
+
+
+@pytest.fixture(autouse=True)
+def _readers_print_nothing(capsys):
+    yield
+    assert capsys.readouterr().out == ""
 
 
 @pytest.fixture
@@ -133,33 +144,32 @@ def test_no_nifti(tmp_path, content):
 # the header
 
 
-def test_sform_and_qform_disagree(tmp_path, capsys):
+def test_sform_and_qform_disagree(tmp_path):
     image = read_image(save(tmp_path / "ct.nii.gz", CT, qform=1, qform_affine=moved(y_mm=4)), "moving")
-    assert "moving ct.nii.gz" in capsys.readouterr().out
+    assert "moving ct.nii.gz" in said(image)
     assert image.grid.same_as(read_image(save(tmp_path / "good.nii.gz", CT)).grid)
 
 
-def test_sform_and_qform_agree_within_a_tenth(tmp_path, capsys):
+def test_sform_and_qform_agree_within_a_tenth(tmp_path):
     "Rounding of 1e-4 mm is no disagreement."
-    read_image(save(tmp_path / "ct.nii.gz", CT, qform=1, qform_affine=moved(y_mm=0.05)))
-    assert capsys.readouterr().out == ""
+    assert not said(read_image(save(tmp_path / "ct.nii.gz", CT, qform=1, qform_affine=moved(y_mm=0.05))))
 
 
 def test_both_codes_zero(tmp_path):
     refused(lambda: read_image(save(tmp_path / "ct.nii.gz", CT, sform=0), "moving"), "ct.nii.gz", "no orientation", "set_sform")
 
 
-def test_qform_alone_is_enough(tmp_path, capsys):
+def test_qform_alone_is_enough(tmp_path):
     image = read_image(save(tmp_path / "ct.nii.gz", CT, affine=np.zeros((4, 4)), sform=0, qform=1))
-    assert capsys.readouterr().out == ""
+    assert not said(image)
     assert image.grid.same_as(read_image(save(tmp_path / "good.nii.gz", CT)).grid)
 
 
 @pytest.mark.parametrize("affine", [np.zeros((4, 4)), np.diag([1.0, 1, 0, 1]), np.diag([np.nan, 1, 1, 1])], ids=["zero", "flat", "nan"])
-def test_singular_sform(tmp_path, capsys, affine):
+def test_singular_sform(tmp_path, affine):
     refused(lambda: read_image(save(tmp_path / "ct.nii.gz", CT, affine=affine), "moving"), "ct.nii.gz", "singular", "set_sform")
     image = read_image(save(tmp_path / "ct.nii.gz", CT, affine=affine, qform=1), "moving")
-    assert "the qform is used" in capsys.readouterr().out
+    assert "the qform is used" in said(image)
     assert image.grid.same_as(read_image(save(tmp_path / "good.nii.gz", CT)).grid)
 
 
@@ -190,21 +200,21 @@ def test_micrometres_in_the_header(tmp_path):
     refused(lambda: read_image(save(tmp_path / "ct.nii.gz", CT, affine=SPACE @ np.diag([1e3, 1e3, 1e3, 1])), "moving"), "ct.nii.gz", "not in mm")
 
 
-def test_small_shear_is_straightened(tmp_path, capsys):
+def test_small_shear_is_straightened(tmp_path):
     image = read_image(save(tmp_path / "ct.nii.gz", CT, affine=sheared(0.3)), "moving")
-    assert "sheared by 0.30 degrees" in capsys.readouterr().out
+    assert "sheared by 0.30 degrees" in said(image)
     axes = image.grid.axes
     assert np.allclose(axes.T @ axes, np.eye(3), atol=1e-12)
     assert image.data.shape == SHAPE
 
 
-def test_large_shear_is_resampled(tmp_path, capsys):
+def test_large_shear_is_resampled(tmp_path):
     "A ramp along the world's y is the same ramp on the new, orthonormal grid."
     index = np.indices(SHAPE).reshape(3, -1)
     y_mm = (sheared(12) @ np.vstack([index, np.ones(index.shape[1])]))[1].reshape(SHAPE)
     image = read_image(save(tmp_path / "ct.nii.gz", y_mm.astype("float32"), affine=sheared(12)), "moving")
     labels = read_labels(save(tmp_path / "mask.nii.gz", BLOCKS, affine=sheared(12)), "verse", image, "moving_labels")
-    assert "sheared by 12.0 degrees" in capsys.readouterr().out
+    assert "moving_labels mask.nii.gz: its axes are sheared by 12.0 degrees" in said(image, labels)
     assert np.allclose(image.grid.axes.T @ image.grid.axes, np.eye(3), atol=1e-12)
     points_mm = image.grid.points_mm(image.data)
     at = transform_points(np.linalg.inv(sheared(12)), points_mm)
@@ -220,9 +230,9 @@ def test_large_shear_is_resampled(tmp_path, capsys):
 # the array
 
 
-def test_singleton_axis_is_squeezed(tmp_path, capsys):
+def test_singleton_axis_is_squeezed(tmp_path):
     image = read_image(save(tmp_path / "ct.nii.gz", CT[..., None, None]), "moving")
-    assert "moving ct.nii.gz: shape" in capsys.readouterr().out
+    assert "moving ct.nii.gz: shape" in said(image)
     assert torch.equal(image.data, read_image(save(tmp_path / "good.nii.gz", CT)).data)
 
 
@@ -249,21 +259,21 @@ def test_voxels_that_are_not_numbers(tmp_path, dtype):
 # the values
 
 
-def test_few_nan_are_replaced(tmp_path, capsys):
+def test_few_nan_are_replaced(tmp_path):
     array = CT.astype("float32")
     array[10, 10, 10:14] = [np.nan, np.inf, -np.inf, np.nan]
     image = read_image(save(tmp_path / "ct.nii.gz", array), "moving")
-    assert "4 voxels" in capsys.readouterr().out
+    assert "4 voxels" in said(image)
     assert torch.isfinite(image.data).all()
     expected = np.where(np.isfinite(array), array, CT.min())[::-1, ::-1]
     assert np.array_equal(image.data.numpy(), expected)
 
 
-def test_nan_around_the_scan_is_background(tmp_path, capsys):
+def test_nan_around_the_scan_is_background(tmp_path):
     array = CT.astype("float32")
     array[:5] = np.nan
     image = read_image(save(tmp_path / "ct.nii.gz", array), "moving")
-    assert "(25.00%)" in capsys.readouterr().out
+    assert "(25.00%)" in said(image)
     assert image.data.min() == np.nanmin(array)
 
 
@@ -278,12 +288,10 @@ def test_constant_image(tmp_path):
     refused(lambda: read_image(save(tmp_path / "ct.nii.gz", np.full(SHAPE, 7, "int16")), "moving"), "ct.nii.gz", "every voxel is 7", "again")
 
 
-def test_C8_ct_in_wrong_units_is_noticed(case, tmp_path, capsys):
+def test_C8_ct_in_wrong_units_is_noticed(case, tmp_path):
     case["moving"] = save(tmp_path / "offset.nii.gz", CT + 1024)
-    read_pair(**case, moving_modality="ct")
-    assert "moving offset.nii.gz" in capsys.readouterr().out
-    read_pair(**case | {"moving": tmp_path / "ct.nii.gz"}, moving_modality="ct", fixed_modality="mr")
-    assert "Hounsfield" not in capsys.readouterr().out
+    assert "moving offset.nii.gz: a CT in HU" in said(read_pair(**case, moving_modality="ct"))
+    assert not said(read_pair(**case | {"moving": tmp_path / "ct.nii.gz"}, moving_modality="ct", fixed_modality="mr"))
 
 
 def test_unknown_modality(case):
@@ -293,16 +301,15 @@ def test_unknown_modality(case):
 # labels
 
 
-def test_mask_within_a_hundredth_is_the_same(case, tmp_path, capsys):
+def test_mask_within_a_hundredth_is_the_same(case, tmp_path):
     case["moving_labels"] = save(tmp_path / "mask.nii.gz", BLOCKS, affine=moved(0.005, 0.005))
-    read_pair(**case)
-    assert "another grid" not in capsys.readouterr().out
+    assert "another grid" not in said(read_pair(**case))
 
 
-def test_mask_with_a_rounded_header(case, tmp_path, capsys):
+def test_mask_with_a_rounded_header(case, tmp_path):
     case["moving_labels"] = save(tmp_path / "mask.nii.gz", BLOCKS, affine=moved(0.2))
     labels = read_pair(**case).moving_labels
-    assert "another grid" in capsys.readouterr().out
+    assert "another grid" in said(labels)
     assert np.array_equal(labels.data.numpy() > 0, BLOCKS[::-1, ::-1] > 0)
 
 
@@ -311,12 +318,12 @@ def test_mask_of_same_shape_elsewhere(case, tmp_path):
     refused(lambda: read_pair(**case), "moving_labels", "mask.nii.gz", "3.0 mm away", "ct.nii.gz", "copy the image's affine")
 
 
-def test_mask_on_a_coarser_grid(case, tmp_path, capsys):
+def test_mask_on_a_coarser_grid(case, tmp_path):
     "Nearest-neighbour resampling, against an index computed by hand."
     coarse = BLOCKS[::2, ::2, ::2]
     case["moving_labels"] = save(tmp_path / "mask.nii.gz", coarse, affine=SPACE @ np.diag([2, 2, 2, 1]))
     labels = read_pair(**case).moving_labels
-    assert "another grid" in capsys.readouterr().out
+    assert "another grid" in said(labels)
     even = labels.data.numpy()[::-1, ::-1][::2, ::2, ::2]
     assert np.array_equal(np.array([0, *labels.values])[even], coarse)
 
@@ -336,16 +343,17 @@ def test_mask_of_another_place(case, tmp_path):
 
 
 @pytest.mark.parametrize(("array", "scheme"), [(BLOCKS * 0, "verse"), (np.minimum(BLOCKS, 5), "totalseg_v2")], ids=["all zero", "organs only"])
-def test_empty_mask_is_no_labels(case, tmp_path, capsys, array, scheme):
+def test_empty_mask_is_no_labels(case, tmp_path, array, scheme):
     case["moving_labels"] = save(tmp_path / "mask.nii.gz", array)
-    assert read_pair(**case, moving_scheme=scheme).moving_labels is None
-    assert "moving_labels mask.nii.gz: it holds no vertebra" in capsys.readouterr().out
+    pair = read_pair(**case, moving_scheme=scheme)
+    assert pair.moving_labels is None
+    assert "moving_labels mask.nii.gz: it holds no vertebra" in said(pair)
 
 
-def test_B6_float_labels_near_integers_are_rounded(case, tmp_path, capsys):
+def test_B6_float_labels_near_integers_are_rounded(case, tmp_path):
     case["moving_labels"] = save(tmp_path / "mask.nii.gz", BLOCKS * np.float32(1.0005))
     labels = read_pair(**case).moving_labels
-    assert "rounded" in capsys.readouterr().out
+    assert "rounded" in said(labels)
     assert labels.values == (20, 21, 22)
 
 
@@ -383,11 +391,9 @@ def test_B1_schemes_that_cannot_be_used(case):
     assert read_pair(**case, moving_scheme={20: "L2", 21: "L3", 22: None}).moving_labels.names == ("L2", "L3")
 
 
-def test_B2_levels_that_run_upwards_are_noticed(case, capsys):
-    read_pair(**case, moving_scheme="totalseg_v1")
-    assert "UPWARDS" in capsys.readouterr().out
-    read_pair(**case)
-    assert "UPWARDS" not in capsys.readouterr().out
+def test_B2_levels_that_run_upwards_are_noticed(case):
+    assert "UPWARDS" in said(read_pair(**case, moving_scheme="totalseg_v1"))
+    assert "UPWARDS" not in said(read_pair(**case))
 
 
 # landmarks
@@ -441,12 +447,21 @@ def test_all_problems_come_in_one_list(case, tmp_path):
     assert [line[0] for line in text.splitlines()[1:]] == list("12345")
 
 
-def test_good_pair_is_read_without_a_complaint(case, capsys):
+def test_good_pair_is_read_without_a_complaint(case):
     pair = read_pair(**case)
-    printed = capsys.readouterr().out.splitlines()
     assert (pair.fixed_modality, pair.moving_modality) == ("mr", "ct")
-    assert len(printed) == 3
-    assert sum("taken for" in line for line in printed) == 2
+    assert ["taken for" in notice.text for notice in pair.notices] == [True, True]
+    assert pair.moving_labels.table() == "20 = L1, 21 = L2, 22 = L3"
+
+
+def test_an_error_tells_what_was_noticed_about_the_other_files(case, tmp_path):
+    case |= {"moving": save(tmp_path / "one.nii.gz", CT[..., None]), "landmarks": tmp_path / "nowhere.csv"}
+    with pytest.raises(InputError) as caught:
+        read_pair(**case)
+    assert "moving one.nii.gz: shape" in said(caught.value)
+    with pytest.raises(InputError) as caught:
+        read_image(save(tmp_path / "ct.nii.gz", np.full((*SHAPE, 1), 7, "int16")), "moving")
+    assert "moving ct.nii.gz: shape" in said(caught.value)
 
 
 def test_nothing_is_written_beside_the_inputs(case, tmp_path):

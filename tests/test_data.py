@@ -19,19 +19,8 @@ from torch.utils.data import DataLoader
 
 import spinereg
 from spinereg.files.labels import SCHEMES, VERTEBRAE
-from spinereg.learning.cases import (
-    KEPT,
-    Crops,
-    OnDisk,
-    PrepareCase,
-    cache_gb,
-    case_dataset,
-    check,
-    crop_transform,
-    find_case,
-    find_cases,
-    usable_cases,
-)
+from spinereg.learning.cases import PrepareCase, check, find_case, find_cases
+from spinereg.learning.crops import KEPT, Crops, OnDisk, cache_gb, case_dataset, crop_transform, usable_cases
 
 ROOT = Path(__file__).resolve().parent.parent
 VALUE = {name: value for value, name in SCHEMES["verse"].items()}
@@ -215,7 +204,7 @@ def test_names_and_images_may_occur_once_however_they_are_saved(tmp_path, quick_
 
 
 def test_notices_of_the_readers_are_in_the_table(tmp_path, quick_check):
-    """What `read_pair` prints about a file is a notice about it; the list of label values is none."""
+    """What `read_pair` notices about a file is a notice about its case."""
     draw(tmp_path / "train" / "a", masks=("ct_mask", "mr_mask"))
     values = paint(CT, CT_SHAPE).astype("float32")
     values[values > 0] += 0.01
@@ -436,7 +425,7 @@ def test_c11_crops_depend_on_seed_epoch_and_case_alone(item):
     assert not all(map(same, make(epoch=3), make(epoch=4)))
     assert not all(map(same, make(epoch=3), make(epoch=3, seed=1)))
     assert not same(make()[0], make()[1])
-    one, shares = make(epoch=3), [make(epoch=3, rank=rank, world=4) for rank in range(4)]
+    one, shares = make(epoch=3), [make(epoch=3, process=n, processes=4) for n in range(4)]
     assert [len(share) for share in shares] == [2] * 4
     assert all(same(shares[n % 4][n // 4], one[n % 6]) for n in range(8))
     assert sorted(map(tuple, one.draws)) == [(index, crop) for index in range(3) for crop in range(2)]

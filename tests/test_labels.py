@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spinereg.files.labels import OTHER, SCHEMES, VERTEBRAE, LabelError, fitting_schemes, scheme_table, upside_down, vertebra_values
+from spinereg.files.labels import OTHER, SCHEMES, VERTEBRAE, fitting_schemes, scheme_table, upside_down, vertebra_values
+from spinereg.files.problems import InputError, InputFile
 
 PUBLISHED = {
     "verse": {1: "C1", 7: "C7", 8: "T1", 19: "T12", 20: "L1", 24: "L5", 25: "L6", 26: "S", 28: "T13"},
@@ -19,6 +20,8 @@ PUBLISHED = {
 }
 DROPPED = {"verse": [27], "spineps": [27, 120, 220], "totalseg_v1": [1, 17, 42, 104], "totalseg_v2": [1, 24, 51, 79, 117]}
 DROPPED |= {"totalseg_mr": [], "totalspineseg_v1": [200, 201, 202, 224], "totalspineseg_v2": [1, 2, 63, 71, 82, 91, 95, 100], "mrspineseg": [11, 19]}
+
+MASK = InputFile("labels", "mask.nii.gz")
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -46,35 +49,37 @@ def test_B3_order_is_anatomical(data):
     "B3: whatever values are present, the names come from the skull down, T13 between T12 and L1."
     scheme = data.draw(st.sampled_from(sorted(SCHEMES)))
     present = data.draw(st.sets(st.sampled_from(sorted(SCHEMES[scheme])), min_size=1))
-    named = vertebra_values(dict.fromkeys(present, 100), scheme)
+    named = vertebra_values(dict.fromkeys(present, 100), scheme, MASK)
     places = [VERTEBRAE.index(name) for name in named.values()]
     assert set(named) == present
     assert places == sorted(places)
 
 
 def test_B3_thirteen_thoracic_six_lumbar():
-    named = vertebra_values({19: 1, 28: 1, 20: 1, 24: 1, 25: 1, 26: 1}, "verse")
+    named = vertebra_values({19: 1, 28: 1, 20: 1, 24: 1, 25: 1, 26: 1}, "verse", MASK)
     assert list(named.values()) == ["T12", "T13", "L1", "L5", "L6", "S"]
 
 
-def test_B1_unknown_value_lists_value_voxels_file_and_schemes(capsys):
-    with pytest.raises(LabelError) as caught:
-        vertebra_values({20: 500, 21: 600, 99: 77, 30: 5}, "verse", "case7/ct_mask.nii.gz")
+def test_B1_unknown_value_lists_value_voxels_file_and_schemes():
+    with pytest.raises(InputError) as caught:
+        vertebra_values({20: 500, 21: 600, 99: 77, 30: 5}, "verse", InputFile("moving_labels", "case7/ct_mask.nii.gz"))
     text = str(caught.value)
     assert all(part in text for part in ("case7/ct_mask.nii.gz", "99 (77 voxels)", "30 (5 voxels)", "verse", "totalseg_v1", "totalseg_v2"))
     assert "spineps" not in text.split("All values are known to")[1]
 
 
 def test_B1_values_no_scheme_knows():
-    with pytest.raises(LabelError, match="No built-in scheme"):
-        vertebra_values({5000: 3}, "verse")
+    with pytest.raises(InputError, match="No built-in scheme"):
+        vertebra_values({5000: 3}, "verse", MASK)
 
 
-def test_B1_printed_table_and_dropped_count(capsys):
-    vertebra_values({31: 10, 32: 20, 79: 30, 5: 40}, "totalseg_v2", "mask.nii.gz")
-    printed = capsys.readouterr().out
-    assert "32 = T12, 31 = L1" in printed
-    assert "5, 79 (70 voxels)" in printed
+def test_B1_table_dropped_count_and_two_values_of_one_bone():
+    mask = InputFile("moving_labels", "mask.nii.gz")
+    named = vertebra_values({31: 10, 32: 20, 79: 30, 5: 40, 25: 9, 26: 8}, "totalseg_v2", mask)
+    assert named == {32: "T12", 31: "L1", 25: "S", 26: "S"}
+    dropped, one_bone = map(str, mask.notices)
+    assert "5, 79 (70 voxels)" in dropped
+    assert "values 25 and 26 are both S" in one_bone
 
 
 def test_B1_no_scheme_is_a_safe_guess():
@@ -85,30 +90,30 @@ def test_B1_no_scheme_is_a_safe_guess():
 
 
 def test_B1_own_scheme():
-    assert vertebra_values({1: 5, 2: 5, 9: 5}, {1: "L5", 2: "L4", 9: None}) == {2: "L4", 1: "L5"}
-    with pytest.raises(LabelError, match="unknown label values"):
-        vertebra_values({3: 5}, {1: "L5"})
+    assert vertebra_values({1: 5, 2: 5, 9: 5}, {1: "L5", 2: "L4", 9: None}, MASK) == {2: "L4", 1: "L5"}
+    with pytest.raises(InputError, match="unknown label values"):
+        vertebra_values({3: 5}, {1: "L5"}, MASK)
 
 
 @pytest.mark.parametrize("scheme", [{1: "L9"}, {"L5": 1}, {1: 5}])
 def test_B1_own_scheme_that_cannot_be_read(scheme):
-    with pytest.raises(LabelError, match="cannot be read"):
-        scheme_table(scheme)
+    with pytest.raises(InputError, match="cannot be read"):
+        scheme_table(scheme, MASK)
 
 
 def test_B1_unknown_scheme_names_the_choices():
-    with pytest.raises(LabelError, match="totalspineseg_v2"):
-        scheme_table("vers", "mask.nii.gz")
+    with pytest.raises(InputError, match="totalspineseg_v2"):
+        scheme_table("vers", MASK)
 
 
 def test_B1_spider_needs_a_level():
     "B1: SPIDER counts from the lowest vertebra up, its file has no absolute level."
-    with pytest.raises(LabelError, match="spider:L5"):
-        scheme_table("spider")
-    assert [scheme_table("spider:L5")[0][value] for value in (1, 5, 6, 17, 18, 24)] == ["L5", "L1", "T12", "T1", "C7", "C1"]
-    assert [scheme_table("spider:L6")[0][value] for value in (1, 2, 7)] == ["L6", "L5", "T12"]
-    assert scheme_table("spider:T12")[0][1] == "T12"
-    assert {100, 101, 125, 201, 225} <= scheme_table("spider:L5")[1]
+    with pytest.raises(InputError, match="spider:L5"):
+        scheme_table("spider", MASK)
+    assert [scheme_table("spider:L5", MASK)[0][value] for value in (1, 5, 6, 17, 18, 24)] == ["L5", "L1", "T12", "T1", "C7", "C1"]
+    assert [scheme_table("spider:L6", MASK)[0][value] for value in (1, 2, 7)] == ["L6", "L5", "T12"]
+    assert scheme_table("spider:T12", MASK)[0][1] == "T12"
+    assert {100, 101, 125, 201, 225} <= scheme_table("spider:L5", MASK)[1]
 
 
 @given(st.lists(st.floats(-500, 500), min_size=0, max_size=20, unique=True))

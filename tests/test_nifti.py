@@ -12,11 +12,17 @@ import pytest
 import SimpleITK as sitk
 import torch
 
-from spinereg.files.nifti import covering_grid, orthonormal_grid, read_nifti, resample, shear_deg, write_atomic, write_image
+from spinereg.files import nifti
+from spinereg.files.nifti import covering_grid, orthonormal_grid, resample, shear_deg, write_image
+from spinereg.files.problems import InputFile, write_atomic
 from spinereg.space.geometry import Grid, transform_points
 
 ORIENTATIONS = [np.stack([axes, signs], 1) for axes in itertools.permutations(range(3)) for signs in itertools.product((1, -1), repeat=3)]
 LPS = np.diag([-1.0, -1, 1])
+
+
+def read_nifti(path):
+    return nifti.read_nifti(InputFile("image", path))
 
 
 def turn(x_deg, y_deg, z_deg):

@@ -9,8 +9,8 @@ import SimpleITK as sitk
 import torch
 from scipy.spatial.transform import Rotation
 
-from spinereg.files.nifti import InputError
 from spinereg.files.pairs import read_pair
+from spinereg.files.problems import InputError
 from spinereg.files.transforms import itk_affine, write_itk
 from spinereg.files.volumes import normalise
 from spinereg.registration.prealign import CAPTURE_DEG, CAPTURE_MM, fit_centroids, level_shift, overlap, rigid_start, search
@@ -164,12 +164,12 @@ def search_matrix(pair):
     return fit_centroids(pair.landmarks.fixed_mm[bone].numpy(), pair.landmarks.moving_mm[bone].numpy())
 
 
-def test_B2_auto_says_that_the_labels_are_one_level_off(pair, capsys):
+def test_B2_auto_says_that_the_labels_are_one_level_off(pair):
     """B2: the search aligns the images, the names disagree, and it is said."""
     order = ("T10", *pair.moving_labels.names, "S")
     up = tuple(order[order.index(name) - 1] for name in pair.fixed_labels.names)
-    rigid_start(pair._replace(fixed_labels=replace(pair.fixed_labels, names=up)), "auto")
-    assert "on the one below it in the moving image" in capsys.readouterr().out
+    (notice,) = rigid_start(pair._replace(fixed_labels=replace(pair.fixed_labels, names=up)), "auto").notices
+    assert "on the one below it in the moving image" in notice.text
 
 
 def test_A4_labels_without_a_common_name_leave_auto_the_centres(pair):
@@ -197,11 +197,11 @@ def test_A3_the_search_does_not_run_away_from_a_small_overlap(pair, seed):
     assert overlap(part, pair.moving.grid, found) > 0.9 * overlap(part, pair.moving.grid, true)
 
 
-def test_A5_the_distance_of_the_search_and_its_reach_are_said(pair, capsys):
+def test_A5_the_distance_of_the_search_and_its_reach_are_said(pair):
     """A5: the capture range is logged; close to its end there is a notice."""
     start = rigid_start(pair, "search")
-    assert "reaches 25 mm and 12 degrees" in start.how and "close to the end" not in capsys.readouterr().out
+    assert "reaches 25 mm and 12 degrees" in start.how and not start.notices
     far = np.eye(4)
     far[:3, 3] = [0, 0, 20]
-    rigid_start(moved_header(pair, far @ np.linalg.inv(start.matrix)), "search")
-    assert "close to the end of its reach" in capsys.readouterr().out
+    (notice,) = rigid_start(moved_header(pair, far @ np.linalg.inv(start.matrix)), "search").notices
+    assert "close to the end of its reach" in notice.text

@@ -8,12 +8,14 @@ import subprocess
 import sys
 import zipfile
 from configparser import ConfigParser
+from email.parser import Parser
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from jaxtyping import TypeCheckError
+from notebooks import alike, as_stored
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -56,6 +58,11 @@ def settings():
 
 def requirements(*keys):
     return [Requirement(line) for key in keys for line in settings()[key].split()]
+
+
+def extras():
+    "The extras of settings.ini: `elastix` for its line `elastix_requirements`."
+    return {key.removesuffix("_requirements") for key in settings() if key.endswith("_requirements")}
 
 
 def python(*args, **kwargs):
@@ -114,6 +121,39 @@ def test_notebook_opens_with_a_title_and_a_subtitle(path):
     assert re.match(r"# \S.*\n\n> \S", first), first[:80]
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
+def test_links_from_a_notebook_lead_somewhere(path):
+    links = re.findall(r"\]\(([^)#:]+)[)#]", "".join(source(cell) for cell in cells(path, "markdown")))
+    missing = [link for link in links if not (path.parent / link).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize(
+    ("stored", "fresh", "same"),
+    [("Dice 0.58 of 7 vertebrae", "Dice 0.59 of 7 vertebrae", True), ("Dice 0.58", "Dice 0.60", False), ("0.3 mm", "0.3 voxels", False)]
+    + [("['check', 'train']", "['check', 'elastix', 'train']", False), ("6 of 6 cases", "5 of 6 cases", False), ("L4", "L5", False)]
+    + [("tensor(5.6624e-07)", "tensor(-3.1e-09)", True), ("(22797, 1.5e3)", "(22790, 1499.0)", True), ("0.943671875", "0.9451", False)],
+)
+def test_what_counts_as_a_stale_output(stored, fresh, same):
+    assert alike(stored, fresh) == same
+
+
+def test_a_stale_output_is_found_and_shown(tmp_path):
+    """Notebook, cell, stored and fresh text; a cell that says why its output varies is left out."""
+    (tmp_path / "nbs").mkdir()
+    shutil.copy(ROOT / "settings.ini", tmp_path)
+    output = {"output_type": "stream", "name": "stdout", "text": ["3 apps\n"]}
+    cell = {"cell_type": "code", "metadata": {}, "execution_count": None, "outputs": [output]}
+    sources = ["# a note", "print(2 + 2, 'apps')", "# output varies: it is a guess\nprint(5, 'apps')"]
+    notebook = {"cells": [cell | {"id": str(number), "source": text} for number, text in enumerate(sources)]}
+    (tmp_path / "nbs/a.ipynb").write_text(json.dumps(notebook | {"metadata": {}, "nbformat": 4, "nbformat_minor": 5}), "utf-8")
+    done = python(str(ROOT / "tests/notebooks.py"), "--n_workers", "0", cwd=tmp_path)
+    if as_stored():
+        assert done.returncode == 1
+        lines = ["a.ipynb: stale outputs", "cell 0", "  stored: 3 apps", "  fresh : ", "cell 1", "  stored: 3 apps", "  fresh : 4 apps", ""]
+        assert "\n".join(lines) in done.stderr
+
+
 BOOK = [path for path in NOTEBOOKS if re.match(r"\d", path.name)]
 
 
@@ -149,6 +189,13 @@ def test_d6_app_has_one_cell_of_plain_commented_parameters(path):
         assert "#" in tagged[0].splitlines()[line.end_lineno - 1], f"say what `{ast.unparse(line)}` means, in a comment behind it"
 
 
+@pytest.mark.parametrize("path", [path for path in APPS if path.stem != "samples"], ids=name_of)
+def test_d6_app_checks_all_that_papermill_set(path):
+    """D6: papermill sets any name it is given; the app hands all names over before it does anything."""
+    calls = [ast.unparse(node) for node in ast.walk(parsed(path)) if isinstance(node, ast.Call)]
+    assert len([call for call in calls if call.startswith("given_parameters(globals(), ")]) == 1
+
+
 @pytest.mark.parametrize("path", APPS, ids=name_of)
 def test_app_defines_no_function(path):
     assert not [node for node in ast.walk(parsed(path)) if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Lambda)]
@@ -172,13 +219,15 @@ def test_the_public_face_is_small_and_every_name_is_there():
     assert set(dir(spinereg)) == {*spinereg.__all__, "__version__"}
     for name in spinereg.__all__:
         assert getattr(spinereg, name).__module__ == f"spinereg.{spinereg.PUBLIC[name]}"
+    named = set(re.findall(r"`(\w+)\(", (ROOT / "README.md").read_text("utf-8")))
+    assert {"SliceViewer", "view3d", "TrainingMonitor"} <= named <= set(spinereg.__all__)
     done = python("-c", "import sys, spinereg; print(*sys.modules)", cwd=ROOT)
     assert not {"torch", "numpy", "spinereg.space"} & set(done.stdout.split())
 
 
 def test_e1_every_requirement_is_bounded_below_and_above():
     """E1: an install does not break with time."""
-    for need in requirements("requirements", "viewers_requirements"):
+    for need in requirements("requirements", *(f"{extra}_requirements" for extra in extras() - {"dev"})):
         bounds = {spec.operator for spec in need.specifier}
         assert "==" in bounds or {">=", "<"} <= bounds, str(need)
 
@@ -188,7 +237,7 @@ def test_e1_constraints_pin_every_requirement_within_its_bounds():
     lines = [line for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines() if not line.startswith("#")]
     pins = dict(line.split("==") for line in lines)
     assert list(pins) == sorted(pins)
-    for need in requirements("requirements", "dev_requirements", "viewers_requirements"):
+    for need in requirements("requirements", *(f"{extra}_requirements" for extra in extras())):
         assert need.specifier.contains(pins[canonicalize_name(need.name)], prereleases=True), str(need)
 
 
@@ -205,25 +254,47 @@ def test_version_is_one():
     assert re.search(r"(?m)^## (\S+)", (ROOT / "CHANGELOG.md").read_text("utf-8")).group(1) == version
 
 
-def test_wheel_carries_modules_and_apps_and_needs_no_tools(tmp_path):
-    """E1: built from a plain checkout; unpacked elsewhere, `spinereg.apps.paths` finds the notebooks."""
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    "A folder as pip would fill it: the wheel, built from a plain checkout and unpacked."
+    top = tmp_path_factory.mktemp("wheel")
     ignore = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
     for folder in ("nbs", "spinereg"):
-        shutil.copytree(ROOT / folder, tmp_path / "checkout" / folder, ignore=ignore)
+        shutil.copytree(ROOT / folder, top / "checkout" / folder, ignore=ignore)
     for name in ("settings.ini", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tmp_path / "checkout")
-    done = python("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(tmp_path / "checkout"))
+        shutil.copy(ROOT / name, top / "checkout")
+    done = python("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(top), str(top / "checkout"))
     assert done.returncode == 0, done.stderr
-    (wheel,) = tmp_path.glob("*.whl")
-    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    held = {path.relative_to(tmp_path / "site/spinereg").as_posix() for path in (tmp_path / "site/spinereg").rglob("*") if path.is_file()}
+    (wheel,) = top.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(top / "site")
+    return top / "site"
+
+
+@pytest.fixture(scope="module")
+def metadata(site):
+    "What the wheel says of itself."
+    return Parser().parsestr(next(site.glob("*.dist-info/METADATA")).read_text("utf-8"))
+
+
+def test_wheel_carries_modules_and_apps_and_needs_no_tools(site, metadata):
+    """E1: unpacked elsewhere, `spinereg.apps.paths` finds the notebooks."""
+    held = {path.relative_to(site / "spinereg").as_posix() for path in (site / "spinereg").rglob("*") if path.is_file()}
     assert held == {path.relative_to(ROOT / "spinereg").as_posix() for path in MODULES} | {f"notebooks/{path.name}" for path in APPS}
-    metadata = next((tmp_path / "site").glob("*.dist-info/METADATA")).read_text("utf-8")
-    needed = {Requirement(line).name for line in re.findall(r"(?m)^Requires-Dist: (.*)$", metadata) if "extra ==" not in line}
+    needed = {Requirement(line).name for line in metadata.get_all("Requires-Dist") if "extra ==" not in line}
     assert needed == {need.name for need in requirements("requirements")}
     code = "from spinereg.apps.paths import apps; print(*(path for path in apps().values()), sep='\\n')"
-    found = python("-c", code, cwd=tmp_path / "site").stdout.split()
-    assert [Path(path) for path in found] == [tmp_path / "site/spinereg/notebooks" / path.name for path in APPS]
+    found = python("-c", code, cwd=site).stdout.split()
+    assert [Path(path) for path in found] == [site / "spinereg/notebooks" / path.name for path in APPS]
+
+
+def test_every_extra_that_is_offered_can_be_installed(metadata):
+    """What README, an app or an error message says after `pip install` is an extra of the built package, with all its requirements."""
+    texts = [path.read_text("utf-8") for path in (ROOT / "README.md", ROOT / "Makefile", *MODULES, *NOTEBOOKS)]
+    offered = set(re.findall(r"(?:spinereg|\.)\[(\w+)\]\\?[\"']", "".join(texts)))
+    assert {"dev", "elastix", "itkwidgets", "viewers"} <= offered <= set(metadata.get_all("Provides-Extra"))
+    for extra in offered:
+        needs = {str(Requirement(line.split(";")[0])) for line in metadata.get_all("Requires-Dist") if f'extra == "{extra}"' in line}
+        assert needs == {str(need) for need in requirements(f"{extra}_requirements")}
 
 
 # the README and its two commands

@@ -18,13 +18,13 @@ from scipy.spatial.transform import Rotation
 
 import spinereg
 from spinereg.apps.paths import given_parameters
-from spinereg.files.nifti import InputError
 from spinereg.files.pairs import read_pair
+from spinereg.files.problems import InputError
 from spinereg.files.transforms import read_transform
 from spinereg.measure.motion import label_centres_mm
 from spinereg.registration.optimise import Scene, make_level, overlap_mask, working_grid
 from spinereg.registration.prealign import rigid_start
-from spinereg.registration.register import apply, make_scene, register, warn_memory
+from spinereg.registration.register import apply, make_scene, memory_warning, register
 from spinereg.space.geometry import Grid, transform_points
 
 SAMPLES = Path(__file__).parent.parent / "data_samples"
@@ -130,7 +130,10 @@ def test_B4_labels_of_the_moving_image_are_enough_and_none_also_run(tmp_path, ca
     """B4: without any labels it runs, and says that rigidity is off."""
     given = files("easy_0")
     result = register(given["fixed"], given["moving"], out_dir=tmp_path, **QUICK)
-    assert "rigidity off: no labels" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "rigidity off: no labels" in printed
+    assert all(str(notice) in printed for notice in result.pair.notices)
+    assert [notice["name"] for notice in json.loads((tmp_path / "metrics.json").read_text())["notices"]] == ["fixed", "moving"]
     assert "Rigidity is off: no labels" in result.summary()
     assert not (tmp_path / "moved_labels.nii.gz").exists()
     labelled = register(given["fixed"], given["moving"], given["moving_labels"], **QUICK)
@@ -144,7 +147,7 @@ def test_B5_the_rigidity_terms_have_an_effect():
     free = register(**given, **QUICK, weight_oc=0.0, weight_pc=0.0, weight_rf=0.0)
     held = register(**given, **QUICK)
     assert held.vertebrae.residual_rms_mm.mean() < 0.5 * free.vertebrae.residual_rms_mm.mean()
-    assert held.vertebrae.volume_change_percent.mean() < 0.5 * free.vertebrae.volume_change_percent.mean()
+    assert held.vertebrae.volume_change_percent.abs().mean() < 0.5 * free.vertebrae.volume_change_percent.abs().mean()
 
 
 def stored_as(source, target, codes=None, world=None):
@@ -255,8 +258,7 @@ def test_D6_a_wrong_value_fails_before_any_file_is_opened(argument, value):
 def test_D6_the_app_knows_its_parameters():
     """D6: a misspelt name or a value of another kind fails before anything runs."""
     good = {"fixed": "a", "moving": "b", "spacing_mm": 2, "steps": [3, 2, 1]}
-    assert given_parameters(good | {"__name__": "x", "In": []}, spinereg.register) == good
-    assert given_parameters(good | {"result": 1, "parameters": good}, spinereg.register) == good  # the cell can be run again
+    assert given_parameters(good | {"__name__": "x", "In": [], "Path": Path, "result": object()}, spinereg.register) == good
     assert given_parameters(good | {"moving_scheme": {1: "L5"}}, spinereg.register)["moving_scheme"] == {1: "L5"}
     for wrong in ({"spacingmm": 2}, {"spacing_mm": "2"}, {"seed": True}, {"seed": 1.5}, {"steps": 3}, {"fixed": None}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
@@ -387,14 +389,11 @@ def test_A3_filled_voxels_are_no_data(tmp_path):
     assert whole.moving.measured is None
 
 
-def test_a_grid_larger_than_the_memory_is_said_before_work_starts(capsys):
+def test_a_grid_larger_than_the_memory_is_said_before_work_starts():
     given = files("easy_0")
     pair = read_pair(given["fixed"], given["moving"], given["moving_labels"])
-    capsys.readouterr()
-    warn_memory(pair, 0.05, torch.device("cpu"))
-    assert "larger spacing_mm" in capsys.readouterr().out
-    warn_memory(pair, 3.0, torch.device("cpu"))
-    assert not capsys.readouterr().out
+    assert "larger spacing_mm" in memory_warning(pair, 0.05, torch.device("cpu"))[0]
+    assert not memory_warning(pair, 3.0, torch.device("cpu"))
 
 
 def test_a_failed_registration_does_not_read_like_a_good_one(tmp_path):

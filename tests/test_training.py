@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spinereg.files.labels import VERTEBRAE
-from spinereg.learning.cases import PrepareCase, case_dataset, find_cases
+from spinereg.learning.cases import PrepareCase, find_cases
+from spinereg.learning.crops import case_dataset
 from spinereg.learning.fit import (
     PRESETS,
     Learner,
@@ -118,7 +119,7 @@ def test_c12_kill_at_any_moment_leaves_a_checkpoint_that_can_be_gone_on_from(qui
     script = tmp_path / "train.py"
     arguments = {name: str(value) if isinstance(value, Path) else value for name, value in quick.items()}
     arguments |= {"out_dir": str(tmp_path / "out"), "epochs_similarity": 500, "epochs_rigidity": 0, "resume": True}
-    script.write_text(f"import spinereg.learning.fit\nspinereg.training.fit(**{arguments})\n")
+    script.write_text(f"import spinereg\nspinereg.fit(**{arguments})\n")
     kills, done, dice = int(os.environ.get("SPINEREG_KILLS", 3)), 0, random.Random(0)
     for _ in range(kills):
         process = subprocess.Popen([sys.executable, script], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT)
@@ -225,7 +226,7 @@ def test_two_processes_take_the_steps_of_one_with_twice_the_batch(quick, tmp_pat
     arguments = {name: str(value) if isinstance(value, Path) else value for name, value in quick.items()}
     arguments |= {"epochs_similarity": 5, "epochs_rigidity": 0, "validate_every": 5}
     script = tmp_path / "train.py"
-    script.write_text(f"import spinereg.learning.fit\nspinereg.training.fit(out_dir={str(tmp_path / 'two')!r}, **{arguments})\n")
+    script.write_text(f"import spinereg\nspinereg.fit(out_dir={str(tmp_path / 'two')!r}, **{arguments})\n")
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = run(script, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -19,7 +19,6 @@ import tempfile
 import time
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
-from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,9 +32,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..files.transforms import FLIP, SpineTransform, itk_image
-from ..registration.optimise import PROGRESS, Level, Scene, make_level
+from ..registration.optimise import Level, Scene, make_level
 from ..registration.register import check_settings, conclude, prepare, register
 from ..registration.results import Registration
+from ..registration.run import PROGRESS, in_range, refuse, whole
 from ..space.fields import invert, warp_labels
 from ..space.geometry import Grid, crop_grid
 
@@ -247,15 +247,9 @@ def check_elastix(
     "Refuse settings that make no sense, and a missing extra, before any work is done."
     defaults = {name: parameter.default for name, parameter in inspect.signature(register).parameters.items()}
     check_settings(defaults | given)
-    wrong = []
-    for name, low in (("iterations", 1), ("samples", 100), ("seed", 0)):
-        if not isinstance(given[name], int) or given[name] < low:
-            wrong.append(f"{name}={given[name]!r}: expected a whole number, at least {low}")
-    for name, low, high in (("grid_spacing_mm", 2 * given["spacing_mm"], 100), ("weight_similarity", 1e-6, 1e6), ("timeout_s", 1, 1e6)):
-        if not isinstance(given[name], Real) or not low <= given[name] <= high:
-            wrong.append(f"{name}={given[name]!r}: expected a number from {low:g} to {high:g}")
-    if wrong:
-        raise ValueError("register_elastix: " + "; ".join(wrong))
+    wrong = [whole(name, given[name], least) for name, least in (("iterations", 1), ("samples", 100), ("seed", 0))]
+    ranges = ("grid_spacing_mm", 2 * given["spacing_mm"], 100), ("weight_similarity", 1e-6, 1e6), ("timeout_s", 1, 1e6)
+    refuse("register_elastix", wrong + [in_range(name, given[name], low, high) for name, low, high in ranges])
     try:
         version("itk-elastix")
     except PackageNotFoundError as error:

@@ -23,12 +23,12 @@ from scipy.stats import bootstrap
 from tqdm import tqdm
 
 from .elastix import register_elastix
-from ..files.nifti import write_atomic
+from ..files.problems import write_atomic
 from ..learning.cases import FILES, Case, find_cases
 from ..measure.pictures import Picture
 from ..registration.networks import find_weights
-from ..registration.optimise import PROGRESS
 from ..registration.register import register
+from ..registration.run import PROGRESS
 
 # %% ../../nbs/61_compare.evaluation.ipynb #f7486e88
 def is_done(
@@ -141,7 +141,7 @@ def compare_runs(
 PANELS = {  # title -> table and column
     "Dice (case)": ("cases", "dice"),
     "rigid Dice (case)": ("cases", "rigid_dice"),
-    "volume change (vertebra), %": ("vertebrae", "volume_change_percent"),
+    "volume change, moving to moved (vertebra), %": ("vertebrae", "volume_change_percent"),
     "residual RMS (vertebra), mm": ("vertebrae", "residual_rms_mm"),
     "bone TRE (case), mm": ("cases", "tre_bone_mean_mm"),
     "soft tissue TRE (case), mm": ("cases", "tre_soft_tissue_mean_mm"),

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['CERVICAL', 'THORACIC', 'LUMBAR', 'VERTEBRAE', 'PRESACRAL', 'UPWARDS', 'SCHEMES', 'SPINEPS_PARTS', 'OTHER', 'numbered',
-           'LabelError', 'own_scheme', 'scheme_table', 'fitting_schemes', 'vertebra_values', 'upside_down']
+           'own_scheme', 'spider_table', 'scheme_table', 'fitting_schemes', 'vertebra_values', 'upside_down']
 
 # %% ../../nbs/11_files.labels.ipynb #f578497a
 from collections.abc import Mapping
 
 import numpy as np
+
+from .problems import InputFile
 
 # %% ../../nbs/11_files.labels.ipynb #586c4068
 CERVICAL = tuple(f"C{n}" for n in range(1, 8))
@@ -54,51 +56,44 @@ OTHER = {  # scheme -> values that it defines and that are no vertebra
     "mrspineseg": set(range(11, 20)),
 }
 
-# %% ../../nbs/11_files.labels.ipynb #dbbd0065
-class LabelError(ValueError):
-    "Labels that do not fit their scheme."
-
-    def __init__(
-        self,
-        source: str,  # the file they come from
-        reason: str,  # what is wrong
-        fix: str,  # what to do about it
-    ):
-        self.source, self.reason, self.fix = source, reason, fix
-        super().__init__(f"{source}: {reason}. {fix}")
-
 # %% ../../nbs/11_files.labels.ipynb #02100db3
 def own_scheme(
     scheme: Mapping,  # {value: vertebra, or None to drop}
-    source: str = "labels",  # the file, for the error
+    file: InputFile,  # what to name in an error
 ) -> tuple[dict[int, str], set[int]]:  # {value: vertebra}, and the values to drop
     "A user's own scheme, checked."
     wrong = [f"{value!r}: {name!r}" for value, name in scheme.items() if not isinstance(value, int) or name not in (*VERTEBRAE, None)]
     if wrong:
         fix = f"Write {{value: vertebra}} with whole numbers and the names {', '.join(VERTEBRAE)}, or None to drop a value."
-        raise LabelError(source, f"the scheme has entries that cannot be read: {', '.join(wrong)}", fix)
+        raise file.error(f"the scheme has entries that cannot be read: {', '.join(wrong)}", fix)
     table = {value: name for value, name in scheme.items() if name is not None}
     return table, set(scheme) - set(table)
+
+# %% ../../nbs/11_files.labels.ipynb #303305d6
+def spider_table(
+    lowest: str,  # the vertebra that has value 1
+) -> tuple[dict[int, str], set[int]]:  # {value: vertebra}, and the values known to be something else
+    "SPIDER's values, counted from the lowest vertebra upwards."
+    downwards = (*PRESACRAL, "L6")
+    return numbered(1, downwards[: downwards.index(lowest) + 1][::-1]), {*range(100, 126), *range(201, 226)}
 
 # %% ../../nbs/11_files.labels.ipynb #e88b62d1
 def scheme_table(
     scheme: str | Mapping,  # name of a scheme, or one's own {value: vertebra, or None to drop}
-    source: str = "labels",  # the file, for the error
+    file: InputFile,  # what to name in an error
 ) -> tuple[dict[int, str], set[int]]:  # {value: vertebra}, and the values known to be something else
     "What the values of a scheme mean."
     if isinstance(scheme, Mapping):
-        return own_scheme(scheme, source)
+        return own_scheme(scheme, file)
     family, _, lowest = scheme.partition(":")
-    downwards = (*PRESACRAL, "L6")
-    if family == "spider" and lowest in downwards:
-        upwards = downwards[: downwards.index(lowest) + 1][::-1]
-        return numbered(1, upwards), {*range(100, 126), *range(201, 226)}
+    if family == "spider" and lowest in (*PRESACRAL, "L6"):
+        return spider_table(lowest)
     if family == "spider":
         reason = "SPIDER counts from the lowest vertebra upwards, so its values hold no level"
-        raise LabelError(source, reason, "Say which vertebra has value 1, such as scheme 'spider:L5'.")
+        raise file.error(reason, "Say which vertebra has value 1, such as scheme 'spider:L5'.")
     if scheme not in SCHEMES:
         fix = f"Use one of {', '.join(SCHEMES)}, spider:L5, or a dict {{value: vertebra}}."
-        raise LabelError(source, f"there is no label scheme {scheme!r}", fix)
+        raise file.error(f"there is no label scheme {scheme!r}", fix)
     return SCHEMES[scheme], OTHER[scheme]
 
 # %% ../../nbs/11_files.labels.ipynb #b08dfffd
@@ -107,31 +102,32 @@ def fitting_schemes(
 ) -> list[str]:  # names of schemes
     "The schemes that know every one of these values."
     tables = {scheme: set(SCHEMES[scheme]) | OTHER[scheme] for scheme in SCHEMES}
-    tables["spider:<vertebra with value 1>"] = set().union(*scheme_table("spider:L5"))
+    tables["spider:<vertebra with value 1>"] = set().union(*spider_table("L5"))
     return [scheme for scheme, known in tables.items() if set(values) <= known]
 
 # %% ../../nbs/11_files.labels.ipynb #d00b0369
 def vertebra_values(
     values: Mapping[int, int],  # value -> number of voxels, background left out
     scheme: str | Mapping,
-    source: str = "labels",  # the file, for messages
+    file: InputFile,
 ) -> dict[int, str]:  # the values that are vertebrae -> names, in anatomical order
     "Name the vertebrae of a label map; refuse values that the scheme does not define."
-    table, other = scheme_table(scheme, source)
+    table, other = scheme_table(scheme, file)
     unknown = sorted(set(values) - set(table) - other)
     if unknown:
         listed = ", ".join(f"{value} ({values[value]} voxels)" for value in unknown[:8]) + (" ..." if len(unknown) > 8 else "")
         fits = ", ".join(fitting_schemes(values))
         known = f"All values are known to: {fits}" if fits else "No built-in scheme knows them all"
         fix = f"{known}; name the file's scheme, or give a dict {{value: vertebra, or None to drop}}."
-        raise LabelError(source, f"unknown label values for scheme {scheme!r}: {listed}", fix)
-    named = sorted(set(values) & set(table), key=lambda value: (VERTEBRAE.index(table[value]), value))
-    if named:
-        print(f"{source}: " + ", ".join(f"{value} = {table[value]}" for value in named))
+        raise file.error(f"unknown label values for scheme {scheme!r}: {listed}", fix)
     dropped = sorted(set(values) & other)
     if dropped:
         voxels = sum(values[value] for value in dropped)
-        print(f"{source}: known to the scheme but no vertebra, dropped: {', '.join(map(str, dropped))} ({voxels} voxels)")
+        file.notice(f"known to the scheme but no vertebra, dropped: {', '.join(map(str, dropped))} ({voxels} voxels)")
+    named = sorted(set(values) & set(table), key=lambda value: (VERTEBRAE.index(table[value]), value))
+    for value, other_value in zip(named, named[1:]):
+        if table[value] == table[other_value]:
+            file.notice(f"values {value} and {other_value} are both {table[value]}, taken as one bone")
     return {value: table[value] for value in named}
 
 # %% ../../nbs/11_files.labels.ipynb #f7362efa

@@ -7,6 +7,7 @@ __all__ = ['COORDINATES', 'Landmarks', 'landmark_rows', 'landmark_point', 'read_
 
 # %% ../../nbs/14_files.pairs.ipynb #36dbe448
 import csv
+import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .labels import VERTEBRAE
-from .nifti import InputError, Problem
+from .problems import InputError, InputFile, Notice, Problem
 from .volumes import Labels, Volume, read_image, read_labels, settle_modality
 
 # %% ../../nbs/14_files.pairs.ipynb #ce347433
@@ -34,20 +35,19 @@ COORDINATES = tuple(f"{image}_{axis}_mm" for image in ("fixed", "moving") for ax
 
 # %% ../../nbs/14_files.pairs.ipynb #d7f08635
 def landmark_rows(
-    path: Path,
-    name: str,  # which input
+    file: InputFile,
 ) -> list[dict[str, str]]:  # one per line, all columns present
     "The lines of a landmark CSV."
-    if not path.is_file():
-        raise InputError(Problem(name, str(path), "no such file", "Check the path of the landmark CSV."))
-    table = csv.DictReader(path.read_text(encoding="utf-8-sig", errors="replace").splitlines())
+    if not file.path.is_file():
+        raise file.error("no such file", "Check the path of the landmark CSV.")
+    table = csv.DictReader(file.path.read_text(encoding="utf-8-sig", errors="replace").splitlines())
     missing = [column for column in ("name", "vertebra", *COORDINATES) if column not in (table.fieldnames or ())]
     if missing:
         fix = f"The first line must be: name,vertebra,{','.join(COORDINATES)}."
-        raise InputError(Problem(name, str(path), f"columns are missing: {', '.join(missing)}", fix))
+        raise file.error(f"columns are missing: {', '.join(missing)}", fix)
     rows = [{column: (value or "").strip() for column, value in row.items() if column} for row in table]
     if not rows:
-        raise InputError(Problem(name, str(path), "it holds no landmark", "Leave the landmarks out, or add lines."))
+        raise file.error("it holds no landmark", "Leave the landmarks out, or add lines.")
     return rows
 
 # %% ../../nbs/14_files.pairs.ipynb #b5974e86
@@ -68,8 +68,7 @@ def read_landmarks(
     name: str = "landmarks",  # which input, for messages
 ) -> Landmarks:
     "Read landmark pairs from a CSV file."
-    path = Path(path)
-    rows, points, problems = landmark_rows(path, name), [], []
+    rows, points, problems = landmark_rows(InputFile(name, path)), [], []
     for line, row in enumerate(rows, 2):
         try:
             points.append(landmark_point(row))
@@ -91,19 +90,20 @@ class Pair(NamedTuple):
     landmarks: Landmarks | None
     fixed_modality: str  # "ct" or "mr"
     moving_modality: str
+    notices: tuple[Notice, ...] = ()  # about all of its files
 
 # %% ../../nbs/14_files.pairs.ipynb #185adf2c
 def attempt(
-    problems: list[Problem],  # grows
+    errors: list[InputError],  # grows
     read: Callable,
     given: object,  # a path, or what was read before; None reads nothing
     *arguments,
 ):
-    "Call a reader; on an input error, note its problems and return None."
+    "Call a reader; keep an input error and return None."
     try:
         return None if given is None else read(given, *arguments)
     except InputError as error:
-        problems.extend(error.problems)
+        errors.append(error)
 
 # %% ../../nbs/14_files.pairs.ipynb #d0221b51
 def read_pair(
@@ -118,13 +118,18 @@ def read_pair(
     fixed_scheme: str | Mapping = "verse",
 ) -> Pair:
     "Read and check all files of a pair; one error lists everything that is wrong."
-    problems = []
-    images = {name: attempt(problems, read_image, path, name) for name, path in (("fixed", fixed), ("moving", moving))}
-    wanted = {"fixed": fixed_modality, "moving": moving_modality}
-    modality = {name: attempt(problems, settle_modality, image, wanted[name], name) for name, image in images.items()}
-    moving_map = attempt(problems, read_labels, moving_labels, moving_scheme, images["moving"], "moving_labels")
-    fixed_map = attempt(problems, read_labels, fixed_labels, fixed_scheme, images["fixed"], "fixed_labels")
-    points = attempt(problems, read_landmarks, landmarks)
-    if problems:
-        raise InputError(*problems)
-    return Pair(images["fixed"], images["moving"], moving_map, fixed_map, points, modality["fixed"], modality["moving"])
+    errors = []
+    images = [attempt(errors, read_image, path, name) for name, path in (("fixed", fixed), ("moving", moving))]
+    wanted = (fixed_modality, "fixed"), (moving_modality, "moving")
+    settled = [attempt(errors, settle_modality, image, *how) or ("", ()) for image, how in zip(images, wanted)]
+    maps = [
+        attempt(errors, read_labels, moving_labels, moving_scheme, images[1], "moving_labels"),
+        attempt(errors, read_labels, fixed_labels, fixed_scheme, images[0], "fixed_labels"),
+    ]
+    points = attempt(errors, read_landmarks, landmarks)
+    said = [*(part.notices for part in (*images, *maps) if part), *(notices for _, notices in settled), *(error.notices for error in errors)]
+    notices = tuple(itertools.chain.from_iterable(said))
+    if errors:
+        raise InputError(*(problem for error in errors for problem in error.problems), notices=notices)
+    maps = [labels if labels and labels.names else None for labels in maps]
+    return Pair(*images, *maps, points, *(modality for modality, _ in settled), notices)

@@ -6,8 +6,6 @@
 __all__ = ['FLIP', 'SpineTransform', 'itk_affine', 'itk_image', 'itk_field', 'write_itk', 'write_transform', 'read_transform']
 
 # %% ../../nbs/15_files.transforms.ipynb #d77a166b
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .problems import write_atomic
 from ..space.fields import compose, invert, warp
 from ..space.geometry import Grid, sample_index, transform_points
 
@@ -90,13 +89,8 @@ def write_itk(
     path: str | Path,  # .h5 or .tfm
     transform: sitk.Transform,
 ) -> Path:
-    "Write an ITK transform file atomically."
-    path = Path(path)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        part = Path(folder) / path.name
-        sitk.WriteTransform(transform, str(part))
-        os.replace(part, path)
-    return path
+    "Write an ITK transform file."
+    return write_atomic(path, lambda part: sitk.WriteTransform(transform, str(part)))
 
 # %% ../../nbs/15_files.transforms.ipynb #1db4a27d
 def write_transform(

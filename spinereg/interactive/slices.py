@@ -187,7 +187,7 @@ def jacobian_colours(
     det: np.ndarray,  # (rows, columns)
     half_range: float,  # det J of 1 +- this has the strongest colours
 ) -> np.ndarray:  # (rows, columns, 3) 0 to 1
-    "Blue where tissue shrinks, white where it keeps its volume, red where it grows, black where the map folds."
+    "Red (det J > 1) where tissue is smaller in the moved image than in the moving one, blue where it is larger, black where the map folds."
     place = np.clip((det - 1) / half_range, -1, 1) * 127.5 + 127.5
     return np.where(det[..., None] > 0, JACOBIAN_COLOURS[place.round().astype(int)], 0)
 
@@ -342,7 +342,7 @@ def describe_point(
     if (name := here.get("moved")) in stack.vertebrae.index:
         row = stack.vertebrae.loc[name]
         pose = f"moved {row.distance_mm:.1f} mm, turned {row.angle_deg:.1f} degrees"
-        vertebra = f"{name}: {pose}; residual {row.residual_rms_mm:.2f} mm, volume {row.volume_change_percent:+.1f} %"
+        vertebra = f"{name}: {pose}; residual {row.residual_rms_mm:.2f} mm, volume {row.volume_change_percent:+.1f} % from moving to moved"
     return f"R {x:.1f}   A {y:.1f}   S {z:.1f} mm   voxel {', '.join(map(str, at))}\n{'   '.join(values)}\n{vertebra}"
 
 # %% ../../nbs/70_interactive.slices.ipynb #43a83088
@@ -437,9 +437,9 @@ def draw_strip(
     axes: Sequence[Axes],  # two
     stack: Stack,
 ) -> None:
-    "Volume change and residual of every vertebra, as bars from the top of the spine down."
+    "Volume change (moved against moving) and residual of every vertebra, as bars from the top of the spine down."
     rows = stack.vertebrae
-    for ax, column, title in zip(axes, ("volume_change_percent", "residual_rms_mm"), ("volume, %", "residual, mm")):
+    for ax, column, title in zip(axes, ("volume_change_percent", "residual_rms_mm"), ("volume change, %", "residual, mm")):
         values = rows[column] if column in rows else pd.Series(dtype=float)
         ax.barh(range(len(values)), values, color="#0072B2", height=0.6)
         reach = max(abs(values).max() if len(values) else 0, 0.1) * 1.15
@@ -448,6 +448,7 @@ def draw_strip(
         ax.set_yticks(range(len(values)), values.index if ax is axes[0] else [])
         ax.tick_params(labelsize=7)
         ax.axvline(0, color="0.5", linewidth=0.6)
+    axes[0].set_xlabel("smaller | larger", fontsize=7)
 
 
 def draw_scale(

@@ -342,7 +342,7 @@ class SliceViewer(LiveSlices):
 
 # %% ../../nbs/71_interactive.viewers.ipynb #a1b0b398
 class JacobianMap(SliceViewer):
-    "Where tissue shrinks or grows; beside it volume change and residual of every vertebra."
+    "Where tissue is larger or smaller in the moved image than in the moving one; beside it volume change and residual of every vertebra."
 
     def __init__(self, result: Registration | Stack, planes: str = "sagittal", **look):
         super().__init__(result, planes, strip=True, **{"show": "jacobian", "fade": 0.8} | look)

@@ -6,10 +6,9 @@
 __all__ = ['PUBLISHED', 'PRESETS', 'FIRST', 'PARAMETERS', 'STAGES', 'on_device', 'grid_of', 'move_batch', 'similarity_both_ways',
            'loss_terms', 'preset_parameters', 'Learner', 'learn', 'skip', 'measure', 'validate', 'score',
            'learns_nothing', 'save_checkpoint', 'load_checkpoint', 'Records', 'read_records', 'epoch_row', 'check_fit',
-           'Split', 'prepare_split', 'prepare_splits', 'make_accelerator', 'Fitted', 'begin', 'first_network',
-           'make_learner', 'term_weights', 'weights_now', 'look_at', 'Reporter', 'train_epoch', 'validate_together',
-           'keep', 'close_epoch', 'cut_crop', 'crops_of', 'checkpoint', 'begin_stage', 'run_epoch', 'run_training',
-           'fit', 'draw_training']
+           'make_accelerator', 'Fitted', 'begin', 'first_network', 'make_learner', 'term_weights', 'weights_now',
+           'look_at', 'Reporter', 'train_epoch', 'validate_together', 'keep', 'close_epoch', 'crops_of', 'checkpoint',
+           'begin_stage', 'run_epoch', 'run_training', 'fit', 'draw_training']
 
 # %% ../../nbs/52_learning.fit.ipynb #d234e785
 import contextlib
@@ -23,7 +22,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
-from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,8 +34,9 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from ..files.labels import VERTEBRAE
-from ..files.nifti import write_atomic
-from .cases import Crops, PrepareCase, case_dataset, compare_cases, crop_transform, find_cases, usable_cases
+from ..files.problems import write_atomic
+from .cases import PrepareCase
+from .crops import Crops, Split, crop_transform, cut_crop, prepare_splits
 from spinereg.losses.penalties import (
     bone_jacobian,
     bone_voxels,
@@ -53,8 +52,8 @@ from ..measure.metrics import mean_dice
 from ..measure.motion import vertebra_rigidity
 from ..measure.pictures import Overview, Picture
 from ..registration.networks import FORMAT, Moved, UNet, load_network, move, predict, save_weights
-from ..registration.optimise import PROGRESS, SIMILARITIES
-from ..registration.run import Step, frees_memory
+from ..registration.optimise import SIMILARITIES
+from ..registration.run import PROGRESS, Step, frees_memory, in_range, one_of, refuse, whole
 from ..space.fields import jacobian
 from ..space.geometry import Grid
 
@@ -394,66 +393,16 @@ def check_fit(
     choices = {"similarity": tuple(SIMILARITIES), "cache": ("none", "ram", "disk"), "mixed_precision": ("no", "bf16", "fp16")}
     choices |= {"logger": ("tensorboard", "wandb", "none"), "device": ("auto", "cpu", "cuda")}
     choices |= {"prealign": ("header", "centres", "labels", "search", "auto")}
-    wrong = [f"{name}={given[name]!r}: expected one of {', '.join(known)}" for name, known in choices.items() if given[name] not in known]
-    weights = [name for name in given if name.startswith("weight_")]
-    for name, low, high in (("spacing_mm", 0.2, 5), ("learning_rate", 1e-8, 1), ("decay", 0.5, 1), *((name, 0, 1e6) for name in weights)):
-        if not isinstance(given[name], Real) or not low <= given[name] <= high:
-            wrong.append(f"{name}={given[name]!r}: expected a number from {low:g} to {high:g}")
+    wrong = [one_of(name, given[name], known) for name, known in choices.items()]
+    ranges = {"spacing_mm": (0.2, 5), "learning_rate": (1e-8, 1), "decay": (0.5, 1)}
+    ranges |= {name: (0, 1e6) for name in given if name.startswith("weight_")}
+    wrong += [in_range(name, given[name], low, high) for name, (low, high) in ranges.items()]
     counts = {"epochs_similarity": 0, "epochs_rigidity": 0, "workers": 0, "seed": 0}
     counts |= dict.fromkeys(("crops_per_case", "batch_size", "accumulate", "validate_every", "checkpoint_every"), 1)
-    for name, least in counts.items():
-        if not isinstance(given[name], int) or given[name] < least:
-            wrong.append(f"{name}={given[name]!r}: expected a whole number, at least {least}")
+    wrong += [whole(name, given[name], least) for name, least in counts.items()]
     if len(given["crop"]) != 3 or not all(isinstance(n, int) and n >= 8 for n in given["crop"]):
         wrong.append(f"crop={given['crop']!r}: expected three whole numbers of voxels, at least 8 each")
-    if wrong:
-        raise ValueError("fit: " + "; ".join(wrong))
-
-# %% ../../nbs/52_learning.fit.ipynb #7e9e0363
-class Split(NamedTuple):
-    "The prepared cases of train or val."
-
-    cases: Dataset
-    indices: list[int]  # those that can be used
-    left_out: pd.DataFrame  # case, vertebra, reason
-    contents: list[dict]  # case, voxels and shape of those
-
-
-def prepare_split(
-    data_dir: str | Path,
-    split: str,  # "train" or "val"
-    prepare_case: PrepareCase,
-    cache: str,
-    cache_dir: Path,
-    workers: int,
-) -> Split:
-    "Find the cases of a split and prepare them."
-    found, findings = find_cases(data_dir, split)
-    for finding in findings:
-        print(f"{finding.case}: {finding.reason}. {finding.fix}")
-    if not found:
-        raise ValueError(f"fit: {findings[-1].reason}. {findings[-1].fix}")
-    cases = case_dataset(found, prepare_case, cache, cache_dir, workers)
-    indices, left_out = usable_cases(cases, split)
-    items = [cases[index] for index in indices]
-    if not any(item["labels"].any() for item in items):
-        print(f"{split}: rigidity off: no labels")
-    contents = [{"case": item["case"], "voxels": item["voxels"], "shape": tuple(item["fixed"].shape[1:])} for item in items]
-    return Split(cases, indices, left_out, contents)
-
-
-def prepare_splits(
-    data_dir: str | Path,
-    prepare_case: PrepareCase,
-    cache: str,
-    cache_dir: Path,
-    workers: int,
-) -> list[Split]:  # train and val
-    "Prepare both splits; say which cases are in both, so that a validation on them proves nothing."
-    splits = [prepare_split(data_dir, split, prepare_case, cache, cache_dir, workers) for split in ("train", "val")]
-    for finding in compare_cases([item for split in splits for item in split.contents]):
-        print(f"{finding.case}: {finding.reason}; what is measured on it says nothing about unseen cases. {finding.fix}")
-    return splits
+    refuse("fit", wrong)
 
 # %% ../../nbs/52_learning.fit.ipynb #4fe28b47
 def make_accelerator(
@@ -683,18 +632,6 @@ def close_epoch(
         records.write(out_dir)
 
 # %% ../../nbs/52_learning.fit.ipynb #babdbc90
-def cut_crop(
-    crop: Sequence[int],  # voxels
-    split: Split,
-) -> tuple[int, ...]:
-    "A crop no larger than the largest case."
-    largest = np.max([item["shape"] for item in split.contents], axis=0)
-    cut = tuple(int(min(n, most)) for n, most in zip(crop, largest))
-    if cut != tuple(crop):
-        print(f"crops of {' x '.join(map(str, crop))} voxels are larger than any case at this spacing_mm; cut to {' x '.join(map(str, cut))}")
-    return cut
-
-
 def crops_of(
     split: Split,
     epoch: int,

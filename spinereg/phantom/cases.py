@@ -8,12 +8,11 @@ __all__ = ['DIFFICULTIES', 'BODY_MARKS', 'SOFT_MARKS', 'Demands', 'oriented_grid
            'case_landmarks', 'draw_motion', 'draw_truth', 'PhantomCase', 'verse_values', 'make_case', 'draw_case',
            'truth_table', 'write_case', 'case_facts']
 
-# %% ../../nbs/83_phantom.cases.ipynb #ffda43fa
+# %% ../../nbs/83_phantom.cases.ipynb #59dcc12f
 import csv
 import gzip
 import json
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,8 +25,8 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from ..files.labels import SCHEMES
-from ..files.nifti import write_atomic
 from ..files.pairs import COORDINATES, Landmarks
+from ..files.problems import write_together
 from ..measure.pictures import AXIAL, CORONAL, SAGITTAL, Picture, show_outlines, show_slice
 from .posture import Truth, bend_spine, bone_points, clearances_mm, inverse_map, smallest_jacobian
 from .spine import Vertebra, anchors, build_spine, vertebra_distance
@@ -343,28 +342,24 @@ def truth_table(case: PhantomCase) -> dict:
         "vertebrae": [{"name": v.name, "label": label, "matrix": m.tolist(), "fixed": f, "moving": g} for v, label, m, f, g in rows],
     }
 
-# %% ../../nbs/83_phantom.cases.ipynb #e45ff6dd
+# %% ../../nbs/83_phantom.cases.ipynb #7a29f973
 def write_case(
     folder: str | Path,
     case: PhantomCase,
 ) -> Path:  # the folder
     "Write a case: images, label maps, truth and landmarks."
-    folder = Path(folder)
     ct, mr = {"ct": case.ct, "ct_mask": case.ct_mask}, {"mr_t1": case.mr_t1, "mr_mask": case.mr_mask}
-    for name, array in (ct | mr).items():
-        grid = case.ct_grid if name in ct else case.mr_grid
-        image = nib.Nifti1Image(array, grid.affine)
-        image.header.set_xyzt_units("mm")
-        image.set_qform(grid.affine, 1)
-        image.set_sform(grid.affine, 1)
-        write_atomic(folder / f"{name}.nii.gz", partial(_write_bytes, gzip.compress(image.to_bytes(), 6, mtime=0)))
-    write_atomic(folder / "truth.json", partial(_write_bytes, json.dumps(truth_table(case), indent=1).encode()))
-    write_atomic(folder / "landmarks.csv", partial(_write_landmarks, case.landmarks))
-    return folder
-
-
-def _write_bytes(content: bytes, path: Path) -> None:
-    path.write_bytes(content)
+    with write_together(folder) as aside:
+        for name, array in (ct | mr).items():
+            grid = case.ct_grid if name in ct else case.mr_grid
+            image = nib.Nifti1Image(array, grid.affine)
+            image.header.set_xyzt_units("mm")
+            image.set_qform(grid.affine, 1)
+            image.set_sform(grid.affine, 1)
+            (aside / f"{name}.nii.gz").write_bytes(gzip.compress(image.to_bytes(), 6, mtime=0))
+        (aside / "truth.json").write_bytes(json.dumps(truth_table(case), indent=1).encode())
+        _write_landmarks(case.landmarks, aside / "landmarks.csv")
+    return Path(folder)
 
 
 def _write_landmarks(landmarks: Landmarks, path: Path) -> None:

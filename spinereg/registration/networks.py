@@ -22,7 +22,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 import spinereg
-from ..files.nifti import write_atomic
+from ..files.problems import write_atomic
 from ..space.fields import integrate, resample_field, warp, warp_labels
 from ..space.geometry import Grid
 

@@ -20,8 +20,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..files.labels import VERTEBRAE
-from ..files.nifti import InputError, Problem, notice
 from ..files.pairs import Pair
+from ..files.problems import InputError, Notice, Problem
 from ..files.transforms import FLIP
 from ..files.volumes import Labels, box_text, normalise
 from ..space.fields import coarsen
@@ -262,6 +262,7 @@ class RigidStart(NamedTuple):
     overlap_before: float  # share of the smaller field of view, by the headers
     overlap_after: float
     seconds: float
+    notices: tuple[Notice, ...] = ()  # what makes it doubtful
 
 
 def rigid_start(
@@ -276,7 +277,7 @@ def rigid_start(
         fix = "Give fixed_labels and moving_labels, or use prealign='search'."
         raise InputError(Problem("prealign", "labels", "needs the labels of both images", fix))
     common = both and set(pair.fixed_labels.names) & set(pair.moving_labels.names)
-    matrix, begin = np.eye(4), "header"
+    matrix, begin, notices = np.eye(4), "header", []
     if how == "labels" or (how == "auto" and before < 0.05 and common):
         matrix, begin = align_labels(pair.fixed_labels, pair.moving_labels, seed), "labels"
     elif how == "centres" or (how == "auto" and before < 0.05):
@@ -288,16 +289,17 @@ def rigid_start(
         images = (normalise(v, m) for v, m in ((pair.fixed, pair.fixed_modality), (pair.moving, pair.moving_modality)))
         (fixed, moving), bone = images, None if pair.moving_labels is None else pair.moving_labels.data
         began_at, matrix = matrix, search(fixed, pair.fixed.grid, moving, pair.moving.grid, bone, matrix, seed=seed)
-        begin = f"search from {begin}, {_distance(pair, began_at, matrix)}"
+        way, doubts = _distance(pair, began_at, matrix)
+        begin, notices = f"search from {begin}, {way}", notices + doubts
         _need_overlap(pair, matrix)
     if both and (shift := level_shift(pair.fixed_labels, pair.moving_labels, matrix)):
         side = "below" if shift > 0 else "above"
         reason = f"after pre-alignment each vertebra lies on the one {side} it in the moving image"
-        notice("fixed_labels", pair.fixed_labels.native.path, f"{reason}; one map counts wrongly, or use prealign='labels'")
-    return RigidStart(matrix, begin, before, overlap(pair.fixed.grid, pair.moving.grid, matrix), time.perf_counter() - began)
+        notices.append(Notice("fixed_labels", pair.fixed_labels.native.path.name, f"{reason}; one map counts wrongly, or use prealign='labels'"))
+    return RigidStart(matrix, begin, before, overlap(pair.fixed.grid, pair.moving.grid, matrix), time.perf_counter() - began, tuple(notices))
 
 
-def _distance(pair: Pair, start: np.ndarray, matrix: np.ndarray) -> str:
+def _distance(pair: Pair, start: np.ndarray, matrix: np.ndarray) -> tuple[str, list[Notice]]:
     "How far a search went from its start, beside how far it looks."
     step = matrix @ np.linalg.inv(start)
     centre = pair.moving.grid.centre_mm
@@ -305,10 +307,12 @@ def _distance(pair: Pair, start: np.ndarray, matrix: np.ndarray) -> str:
         centre = centroid_mm(pair.moving_labels.data > 0, pair.moving.grid)
     far_mm = np.linalg.norm((np.linalg.inv(step) @ [*centre, 1])[:3] - centre)
     turn_deg = float(rotation_angle_deg(torch.as_tensor(step[:3, :3])))
+    doubts = []
     if far_mm > 0.75 * CAPTURE_MM or turn_deg > 0.75 * CAPTURE_DEG:
         fix = "close to the end of its reach; look at the overview, and use prealign='labels', 'centres' or a file if it is wrong"
-        notice("prealign", pair.moving.native.path, f"the search went {far_mm:.0f} mm and {turn_deg:.0f} degrees from its start, {fix}")
-    return f"which went {far_mm:.1f} mm and {turn_deg:.1f} degrees (it reaches {CAPTURE_MM:.0f} mm and {CAPTURE_DEG:.0f} degrees)"
+        text = f"the search went {far_mm:.0f} mm and {turn_deg:.0f} degrees from its start, {fix}"
+        doubts = [Notice("prealign", pair.moving.native.path.name, text)]
+    return f"which went {far_mm:.1f} mm and {turn_deg:.1f} degrees (it reaches {CAPTURE_MM:.0f} mm and {CAPTURE_DEG:.0f} degrees)", doubts
 
 
 def _need_overlap(pair: Pair, matrix: np.ndarray) -> None:

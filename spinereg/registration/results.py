@@ -4,28 +4,23 @@
 
 # %% auto #0
 __all__ = ['move_image', 'vertebra_table', 'touches_border', 'compare_labels', 'measure_field', 'Registration', 'rigidity_means',
-           'doubts', 'summarise', 'likeness', 'evaluate', 'save', 'write_files', 'environment']
+           'doubts', 'summarise', 'likeness', 'evaluate', 'save', 'write_files']
 
 # %% ../../nbs/46_registration.results.ipynb #5e830d6b
 import json
-import os
-import platform
-import tempfile
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import psutil
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-import spinereg
 from ..files.nifti import write_image
 from ..files.pairs import Pair
+from ..files.problems import write_together
 from ..files.transforms import FLIP, SpineTransform, itk_affine, write_itk, write_transform
 from ..files.volumes import Labels, write_labels
 from ..losses.penalties import bone_voxels, determinant, rigid_dice, rigid_motions
@@ -179,9 +174,9 @@ class Registration:
 def rigidity_means(
     vertebrae: pd.DataFrame,  # as in `Registration`
 ) -> dict[str, float]:
-    "Mean and worst of the residuals and the volume changes of the vertebrae."
+    "Mean and worst of the residuals and of the sizes of the volume changes of the vertebrae."
     words = {"residual_rms": "mm", "residual_max": "mm", "volume_change": "percent"}
-    columns = {name: vertebrae[f"{name}_{unit}"] for name, unit in words.items()}
+    columns = {name: vertebrae[f"{name}_{unit}"].abs() for name, unit in words.items()}
     return {f"{name}_{kind}_{words[name]}": float(getattr(column, kind)()) for name, column in columns.items() for kind in ("mean", "max")}
 
 # %% ../../nbs/46_registration.results.ipynb #29a728aa
@@ -225,7 +220,7 @@ def summarise(
             far, turn = vertebrae.relative_distance_mm.max(), vertebrae.relative_angle_deg.max()
             words.append(f"Neighbours moved against each other by up to {far:.1f} mm and {turn:.1f} degrees.")
         rms, change = metrics["rigidity"]["residual_rms_max_mm"], metrics["rigidity"]["volume_change_max_percent"]
-        words.append(f"Each of them is rigid to {rms:.2f} mm (worst RMS), its volume kept to {change:.1f} %.")
+        words.append(f"Each of them is rigid to {rms:.2f} mm (worst RMS), its volume kept to {change:.1f} % (the worst, either way).")
     else:
         words.append("Rigidity is off: no labels in view.")
     slivers = [f"{name} ({seen:.0f} % in view)" for name, seen in metrics["seen_percent"].items() if name not in vertebrae.index]
@@ -333,16 +328,9 @@ def save(
     out_dir: str | Path,  # made when missing
 ) -> Path:
     "Write every result file into a folder: all of them aside first, then each in its place."
-    done = Path(out_dir)
-    done.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=done) as aside:
-        write_files(result, Path(aside))
-        for old in [done / "moved_labels.nii.gz", *(done / "vertebrae").glob("*.tfm")]:
-            old.unlink(missing_ok=True)
-        (done / "vertebrae").mkdir(exist_ok=True)
-        for path in Path(aside).rglob("*.*"):
-            os.replace(path, done / path.relative_to(aside))
-    return done
+    with write_together(out_dir, replaced=("moved_labels.nii.gz", "vertebrae/*.tfm")) as aside:
+        write_files(result, aside)
+    return Path(out_dir)
 
 
 def write_files(
@@ -364,25 +352,3 @@ def write_files(
     result.vertebrae.to_csv(folder / "vertebrae.csv", float_format="%.6g")
     (folder / "metrics.json").write_text(json.dumps(result.metrics, indent=1))
     result.overview().savefig(folder / "overview.png", dpi=110)
-
-# %% ../../nbs/46_registration.results.ipynb #de154a5f
-def environment(
-    device: torch.device,
-) -> dict:
-    "Versions, device and peak memory of this process."
-    packages = {name: version(name) for name in ("torch", "numpy", "scipy", "nibabel", "SimpleITK")}
-    process = psutil.Process().memory_info()
-    peak = getattr(process, "peak_wset", None) or _peak_rss()
-    used = {"peak_memory_gb": round(peak / 1e9, 3)}
-    if device.type == "cuda":
-        used["peak_gpu_memory_gb"] = round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {"spinereg": spinereg.__version__, "python": platform.python_version(), **packages, "device": f"{device.type} ({name})", **used}
-
-
-def _peak_rss() -> int:
-    "Largest resident memory of this process so far, bytes (Linux and macOS)."
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if platform.system() == "Darwin" else 1024 * peak
