@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['check_settings', 'Prepared', 'label_tables', 'prepare', 'conclude', 'ask_network', 'register', 'memory_gb',
-           'memory_warning', 'make_scene', 'describe', 'apply', 'read_through']
+           'memory_warning', 'describe', 'apply', 'read_through']
 
 # %% ../../nbs/47_registration.register.ipynb #81bd1d90
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -26,12 +25,15 @@ from ..files.nifti import read_nifti, write_image
 from ..files.pairs import Pair, read_pair
 from ..files.problems import InputError, InputFile, Notice, write_atomic
 from ..files.transforms import SpineTransform, read_transform
-from ..files.volumes import normalise, read_image, renumber, whole_numbers
+from ..files.volumes import read_image, whole_numbers
+from ..losses.objective import Weights
+from ..losses.similarity import SIMILARITIES, Similarity, similarity_of
 from .networks import Trained, load_network, predict
-from .optimise import SIMILARITIES, Scene, finish, make_level, optimise, working_grid
+from .optimise import make_transform, optimise
 from .prealign import RigidStart, rigid_start
 from .results import Registration, evaluate
 from .run import Clock, Step, choose_device, environment, frees_memory, in_range, one_of, refuse, weights_changed, whole
+from .scene import Scene, make_batch, make_scene, working_grid
 from ..space.fields import inside, vote
 from ..space.geometry import Grid, crop_grid, sample_index, transform_points
 
@@ -40,7 +42,8 @@ def check_settings(
     given: Mapping,  # arguments of `register` by name
 ) -> None:
     "Refuse settings that make no sense; one error names them all."
-    choices = {"method": ("optimise", "network", "rigid"), "similarity": tuple(SIMILARITIES)}
+    choices = {"method": ("optimise", "network", "rigid")}
+    choices |= {"similarity": tuple(SIMILARITIES)} if isinstance(given["similarity"], str) else {}
     choices |= dict.fromkeys(("moving_modality", "fixed_modality"), ("auto", "ct", "mr"))
     wrong = [one_of(name, given[name], known) for name, known in choices.items()]
     ways, levels, steps = ("header", "centres", "labels", "search", "auto"), given["levels"], given["steps"]
@@ -150,7 +153,7 @@ def ask_network(
     trained: Trained,
 ) -> tuple[Float[Tensor, "1 3 i j k"], Grid]:  # velocity in mm, and its grid
     "The velocity that a trained network sees in a pair."
-    level = make_level(scene, grid, trained.spacing_mm, reach=0)
+    level = make_batch(scene, grid, trained.spacing_mm)
     with torch.no_grad():
         return predict(trained.network, level.fixed, level.moving, level.grid)
 
@@ -174,7 +177,7 @@ def register(
     spacing_mm: float = 1.0,  # voxel size of the working grid
     device: str = "auto",  # "auto", "cpu" or "cuda"
     seed: int = 0,  # of the pre-alignment search
-    similarity: str = "lncc",  # "lncc", "mind" or "mi"
+    similarity: str | Similarity = "lncc",  # "lncc", "mind", "mi", or an object such as LNCC(radius=3)
     levels: tuple | list = (4, 2, 1),  # voxel sizes from coarse to fine, in multiples of spacing_mm
     steps: tuple | list = (60, 60, 25),  # optimiser steps per level
     step_mm: float = 0.3,  # first step length of each level
@@ -195,8 +198,9 @@ def register(
     if method != "optimise":
         start = ask_network(scene, grid, trained) if trained else (scene.fixed.new_zeros(1, 3, *grid.shape), grid)
         levels, steps = (levels[-1:], (polish,)) if polish else ((), ())
-    found = optimise(scene, grid, similarity, levels, steps, step_mm, weight_diffusion, weight_oc, weight_pc, weight_rf, on_step, start)
-    transform = finish(found.velocity, found.grid, prepared.start.matrix)
+    terms = Weights(diffusion=weight_diffusion, oc=weight_oc, pc=weight_pc, rf=weight_rf)
+    found = optimise(scene, grid, similarity_of(similarity), terms, levels, steps, step_mm, on_step, start)
+    transform = make_transform(found.velocity, found.grid, prepared.start.matrix)
     prepared.clock.lap("optimise")
     return conclude(prepared, transform, found.history, parameters, out_dir, found.stopped)
 
@@ -222,23 +226,6 @@ def memory_warning(pair: Pair, spacing_mm: float, device: torch.device) -> list[
     return []
 
 # %% ../../nbs/47_registration.register.ipynb #7e3c2796
-def make_scene(
-    pair: Pair,
-    rigid: np.ndarray,  # (4, 4) pre-alignment
-    device: torch.device,
-) -> Scene:
-    "The images of a pair scaled to 0..1, on a device."
-    fixed = normalise(pair.fixed, pair.fixed_modality)[None, None].to(device)
-    moving = normalise(pair.moving, pair.moving_modality)[None, None].to(device)
-    labels = pair.moving_labels and replace(pair.moving_labels, data=pair.moving_labels.data.to(device))
-    filled = [v.measured if v.measured is None else v.measured[None, None].to(fixed) for v in (pair.fixed, pair.moving)]
-    known = None
-    if pair.fixed_labels and labels:
-        names = (*labels.names, *(name for name in pair.fixed_labels.names if name not in labels.names))
-        known = renumber(pair.fixed_labels.data.to(device), pair.fixed_labels.names, names)
-    return Scene(fixed, pair.fixed.grid, moving, pair.moving.grid, rigid, labels, *filled, known)
-
-
 def describe(
     result: Registration,
     parameters: Mapping,  # arguments of `register`

@@ -23,8 +23,9 @@ from ..files.pairs import Pair
 from ..files.problems import write_together
 from ..files.transforms import FLIP, SpineTransform, itk_affine, write_itk, write_transform
 from ..files.volumes import Labels, write_labels
-from ..losses.penalties import bone_voxels, determinant, rigid_dice, rigid_motions
-from ..losses.similarity import lncc_loss
+from ..losses.bone import bone_voxels, rigid_motions
+from ..losses.penalties import rd
+from ..losses.similarity import LNCC
 from ..measure.metrics import diffeomorphism, label_agreement, landmark_errors, regularity, round_trip
 from spinereg.measure.motion import (
     Rigidity,
@@ -37,9 +38,10 @@ from spinereg.measure.motion import (
     world_motions,
 )
 from ..measure.pictures import Overview, Picture, draw_overview
-from .optimise import Scene, make_view, overlap_mask
+from ..measure.snapshot import make_view
 from .prealign import RigidStart
-from ..space.fields import inside, jacobian, read_index, warp, warp_labels
+from .scene import Scene, make_batch, overlap_mask
+from ..space.fields import determinant, inside, jacobian, read_index, warp, warp_labels
 from ..space.geometry import Grid, sample_index, transform_points
 
 # %% ../../nbs/46_registration.results.ipynb #d7f9709d
@@ -250,7 +252,7 @@ def likeness(
 ) -> dict[str, float]:  # 0 to 1
     "Mean squared local correlation of the images after pre-alignment and now."
     images = {"prealigned": view.before, "now": view.moved}
-    return {when: 1 - lncc_loss(view.fixed[None, None], image[None, None], mask, radius=2).item() for when, image in images.items()}
+    return {when: 1 - LNCC(radius=2)(view.fixed[None, None], image[None, None], mask).item() for when, image in images.items()}
 
 
 def evaluate(
@@ -264,7 +266,7 @@ def evaluate(
     "Move the image and the labels, measure, and gather all of it."
     native = pair.fixed.native.grid
     disp = transform.deformation(grid)
-    view, share = make_view(scene, grid, disp)
+    view, share = make_view(disp, make_batch(scene, grid))
     metrics = {"field": measure_field(transform, disp, grid, overlap_mask(scene, grid))}
     metrics |= {"local_correlation": likeness(view, overlap_mask(scene, grid, 2))}
     metrics |= {"landmarks": [], "labels": {}, "contacts": [], "motions": {}, "rigidity": {}, "seen_percent": {}}
@@ -272,7 +274,7 @@ def evaluate(
     if scene.labels is not None:
         deformation = transform.deformation(native)
         names, whole = scene.labels.names, np.bincount(scene.labels.data.cpu().ravel())[1:] * scene.labels.grid.spacing_mm.prod()
-        vertebrae, motions, metrics["seen_percent"] = vertebra_table(disp, grid, view.labels[None], share, scene.rigid, names, whole)
+        vertebrae, motions, metrics["seen_percent"] = vertebra_table(disp, grid, view.labels[None], share[None], scene.rigid, names, whole)
         moved_labels = warp_labels(scene.labels.data[None], scene.labels.grid, native, deformation, scene.rigid)[0][0]
         number = [names.index(name) for name in vertebrae.index]
         cut = np.array(touches_border(moved_labels, len(names))) | touches_border(scene.labels.data, len(names))
@@ -286,7 +288,7 @@ def evaluate(
         metrics["contacts"] = [contact._asdict() for contact in contacts]
         if number:
             bone = bone_voxels(kept[view.labels[None].long()] * (share > 0.5), len(number), minimum=0)
-            loss = rigid_dice(disp, grid, bone, rigid_motions(disp, grid, bone), seen[None], scene.labels.grid, scene.rigid)
+            loss = rd(disp, grid, bone, rigid_motions(disp, grid, bone), seen[None], scene.labels.grid, scene.rigid)
             metrics["rigidity"] = rigidity_means(vertebrae) | {"rigid_dice": 1 - loss.item()}
     if pair.fixed_labels is not None and scene.labels is not None:
         rows, metrics["labels"] = _agreement(pair.fixed_labels, scene, grid, transform, view)
