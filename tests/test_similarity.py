@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from spinereg.losses.similarity import box_mean, erode_mask, lncc_loss, masked_mean, mi_loss, mind_loss, mind_ssc
+from spinereg.losses.similarity import box_mean, lncc_loss, masked_mean, mi_loss, mind_loss, mind_ssc
+from spinereg.space.images import erode_mask
 
 LOSSES = [mind_loss, lncc_loss, mi_loss]
 

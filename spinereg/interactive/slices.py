@@ -10,9 +10,8 @@ __all__ = ['CT_WINDOWS_HU', 'SHOW', 'ORANGE', 'BLUE', 'JACOBIAN_COLOURS', 'UNITS
            'draw_scale', 'SlicePicture']
 
 # %% ../../nbs/70_interactive.slices.ipynb #f9d10447
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from io import BytesIO
 from typing import NamedTuple
 
@@ -33,8 +32,8 @@ from ..files.labels import VERTEBRAE
 from ..files.pairs import Pair
 from ..files.volumes import renumber
 from ..measure.pictures import AXIAL, CORONAL, LETTER_BOX, SAGITTAL, Picture, Plane, cut, find_outlines, show_slice
-from ..registration.register import read_through
 from ..registration.results import Registration
+from ..space.fields import warp, warp_labels
 from ..space.geometry import Grid, transform_points
 
 # %% ../../nbs/70_interactive.slices.ipynb #a9dadce5
@@ -109,15 +108,15 @@ class Stack(NamedTuple):
 def images_onto(
     pair: Pair,
     grid: Grid,
-    ways: Mapping[str, Callable[[Tensor], Tensor] | None],  # by name: from the world of `grid` to that of the moving image; None: the fixed one
+    ways: Mapping[str, tuple[Tensor | None, np.ndarray | None] | None],  # by name: disp, rigid to read the moving image through; None: fixed
 ) -> tuple[dict[str, Float[Tensor, "i j k"]], dict[str, Int[Tensor, "i j k"]], tuple[str, ...]]:  # images, label maps, names of the vertebrae in them
     "Images and label maps of a pair on one grid, all labels with the same numbers."
     images, found = {}, {}
     for name, way in ways.items():
         image, labels = (pair.moving, pair.moving_labels) if way else (pair.fixed, pair.fixed_labels)
-        images[name] = read_through(image.data, image.grid, grid, way or (lambda x: x))
+        images[name] = warp(image.data[None, None], image.grid, grid, *(way or ()), outside="lowest")[0, 0]
         if labels is not None:
-            found[name] = read_through(labels.data, labels.grid, grid, way or (lambda x: x)), labels.names
+            found[name] = warp_labels(labels.data[None], labels.grid, grid, *(way or ()))[0][0], labels.names
     seen = {own[number - 1] for data, own in found.values() for number in data.unique().tolist() if number > 0}
     names = tuple(name for name in VERTEBRAE if name in seen)
     maps = {name: renumber(data, own, names) for name, (data, own) in found.items()}
@@ -128,7 +127,7 @@ def pair_stack(
     pair: Pair,
 ) -> Stack:
     "A pair before registration, on the fixed image's grid, where the headers put it."
-    images, labels, names = images_onto(pair, pair.fixed.grid, {"fixed": None, "moving": lambda x: x})
+    images, labels, names = images_onto(pair, pair.fixed.grid, {"fixed": None, "moving": (None, None)})
     return Stack(pair.fixed.grid, images, {"fixed": pair.fixed_modality, "moving": pair.moving_modality}, labels, names, pd.DataFrame())
 
 
@@ -137,15 +136,11 @@ def result_stack(
 ) -> Stack:
     "A registered pair, on the working grid."
     pair, grid, transform = result.pair, result.view.grid, result.transform
-
-    def moved(x):
-        return transform.points(x.to(transform.disp.device)).cpu()
-
-    ways = {"fixed": None, "moving": partial(transform_points, transform.rigid), "moved": moved}
+    disp = transform.disp_on(grid).cpu()
+    ways = {"fixed": None, "moving": (None, transform.rigid), "moved": (disp, transform.rigid)}
     images, labels, names = images_onto(pair, grid, ways)
     modalities = {name: pair.moving_modality if way else pair.fixed_modality for name, way in ways.items()}
-    disp = transform.deformation(grid)[0].cpu()
-    return Stack(grid, images, modalities, labels, names, result.vertebrae, result.view.jacobian_det.cpu(), disp)
+    return Stack(grid, images, modalities, labels, names, result.vertebrae, result.view.jacobian_det.cpu(), disp[0])
 
 # %% ../../nbs/70_interactive.slices.ipynb #6aac6642
 CT_WINDOWS_HU = {"bone": (-500.0, 1300.0), "spine": (-250.0, 1250.0), "soft tissue": (-160.0, 240.0), "all": (-1000.0, 2000.0)}

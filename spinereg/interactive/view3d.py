@@ -39,10 +39,10 @@ from ..files.pairs import Pair
 from ..files.transforms import FLIP
 from .slices import Stack, pair_stack, result_stack
 from .viewers import Viewer
-from ..measure.motion import label_centres_mm
 from ..measure.pictures import AXIAL, COLOURS, CORONAL, SAGITTAL, Picture, show_slice
 from ..registration.results import Registration
 from ..space.geometry import Grid, crop_grid, index_map, sample_index, transform_points
+from ..space.images import label_centres_mm
 
 # %% ../../nbs/72_interactive.view3d.ipynb #98217723
 def camera(

@@ -9,7 +9,6 @@ __all__ = ['DIFFICULTIES', 'BODY_MARKS', 'SOFT_MARKS', 'Difficulty', 'oriented_g
            'write_case']
 
 # %% ../../nbs/83_phantom.cases.ipynb #1e0443de
-import csv
 import gzip
 import json
 from dataclasses import dataclass
@@ -26,12 +25,12 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from ..files.labels import SCHEMES
-from ..files.pairs import COORDINATES, Landmarks
+from ..files.pairs import Landmarks, write_landmarks
 from ..files.problems import write_atomic
 from .spine import Vertebra, anchors, build_spine, vertebra_distance
 from .tissues import build_anatomy, ct_scan, mr_scan, render, streaks
 from .truth import Truth, bone_points, clearances_mm, inverse_map, posture, smallest_jacobian
-from ..space.geometry import Grid, transform_points
+from ..space.geometry import Grid, inside, transform_points
 from ..space.rigid import procrustes
 
 # %% ../../nbs/83_phantom.cases.ipynb #2bbf13d0
@@ -96,18 +95,18 @@ def within(
 ) -> Bool[Tensor, " p"]:
     "Which points an image shows."
     index = transform_points(np.linalg.inv(grid.affine), points)
-    return ((index >= margin - 0.5) & (index <= torch.tensor(grid.shape) - 0.5 - margin)).all(-1)
+    return inside(index, grid.shape, 0.5 - margin)
 
 # %% ../../nbs/83_phantom.cases.ipynb #56bbe6b9
 def presence(
     vertebrae: tuple[Vertebra, ...],
     poses: np.ndarray,  # (n, 4, 4)
-    inside: list[Tensor],  # per vertebra (p, 3) points in it, own frame
+    insides: list[Tensor],  # per vertebra (p, 3) points in it, own frame
     grid: Grid,
 ) -> tuple[str, ...]:  # per vertebra "whole", "cut" or "absent"
     "How much of every vertebra an image shows."
     seen = []
-    for pose, points in zip(poses, inside):
+    for pose, points in zip(poses, insides):
         shown = within(grid, transform_points(pose, points), margin=1.0)
         seen.append("whole" if shown.all() else "cut" if shown.any() else "absent")
     return tuple(seen)
@@ -149,12 +148,12 @@ def in_view(
 
 def place_bone_landmarks(
     truth: Truth,
-    inside: list[Tensor],  # per vertebra (p, 3) points in it, own frame
+    insides: list[Tensor],  # per vertebra (p, 3) points in it, own frame
     ct_grid: Grid,
     mr_grid: Grid,
 ) -> Landmarks:
     "Landmarks on the vertebrae that both images show whole."
-    in_mr, in_ct = (presence(truth.vertebrae, truth.poses[k], inside, grid) for k, grid in ((0, mr_grid), (-1, ct_grid)))
+    in_mr, in_ct = (presence(truth.vertebrae, truth.poses[k], insides, grid) for k, grid in ((0, mr_grid), (-1, ct_grid)))
     names, owners, fixed, moving = [], [], [torch.zeros(0, 3, dtype=torch.float64)], [torch.zeros(0, 3, dtype=torch.float64)]
     for k, v in enumerate(truth.vertebrae):
         if in_mr[k] == in_ct[k] == "whole":
@@ -244,17 +243,17 @@ def draw_truth(
     difficulty, rng = DIFFICULTIES[level], np.random.default_rng([seed, 0])
     centre = rng.uniform(-1, 1, 3) * [15, 40, 300]
     vertebrae = build_spine("T11", "L5", seed, rng.uniform(*difficulty.scale), difficulty.span_mm, centre)
-    inside = [bone_points(v) for v in vertebrae]
+    insides = [bone_points(v) for v in vertebrae]
     ct_grid, mr_grid = scanner_grids(level, centre, rng)
     for attempt in range(400):
         truth = draw_motion(vertebrae, difficulty, rng, 0.98 ** (attempt % 50))
-        bone = place_bone_landmarks(truth, inside, ct_grid, mr_grid)
+        bone = place_bone_landmarks(truth, insides, ct_grid, mr_grid)
         if len(set(bone.vertebra)) < 3:
             continue
         start, rigid = start_and_rigid_mm(bone)
         fits = difficulty.start_mm[0] <= start <= difficulty.start_mm[1] and rigid >= difficulty.rigid_mm
-        if fits and min(min(clearances_mm(vertebrae, poses, inside)) for poses in truth.poses) > 0.6 and smallest_jacobian(truth, inside) > 0.16:
-            return truth, ct_grid, mr_grid, inside
+        if fits and min(min(clearances_mm(vertebrae, poses, insides)) for poses in truth.poses) > 0.6 and smallest_jacobian(truth, insides) > 0.16:
+            return truth, ct_grid, mr_grid, insides
     raise ValueError(f"no {level} motion found for seed {seed}; try another seed")
 
 # %% ../../nbs/83_phantom.cases.ipynb #9b79770e
@@ -292,7 +291,7 @@ def make_case(
     seed: int = 0,
 ) -> Case:
     "Draw a person and a motion, and put the person into both scanners."
-    truth, ct_grid, mr_grid, inside = draw_truth(level, seed)
+    truth, ct_grid, mr_grid, insides = draw_truth(level, seed)
     difficulty, values = DIFFICULTIES[level], verse_values(truth.vertebrae)
     anatomy = build_anatomy(truth.vertebrae, seed, difficulty.contrast)
     ct, ct_label = render(anatomy, ct_grid, ("ct",))
@@ -301,9 +300,9 @@ def make_case(
     poor = (2.0 - difficulty.contrast) ** 2
     ct = ct[0] + streaks(ct_grid, seed) if level == "hard" else ct[0]
     t1, t2 = (mr_scan(image, mr_grid, seed + 1000 * i, 0.02 * poor, 0.1 * poor) for i, image in enumerate(mr))
-    in_ct = presence(truth.vertebrae, truth.poses[-1], inside, ct_grid)
-    in_mr = presence(truth.vertebrae, truth.poses[0], inside, mr_grid)
-    bone = place_bone_landmarks(truth, inside, ct_grid, mr_grid)
+    in_ct = presence(truth.vertebrae, truth.poses[-1], insides, ct_grid)
+    in_mr = presence(truth.vertebrae, truth.poses[0], insides, mr_grid)
+    bone = place_bone_landmarks(truth, insides, ct_grid, mr_grid)
     marks = case_landmarks(truth, bone, ct_grid, mr_grid)
     ct = ct_scan(ct, seed, 16.0 * poor)
     return Case(level, seed, truth, ct, values[ct_label], ct_grid, t1, t2, values[mr_label], mr_grid, in_ct, in_mr, marks, *start_and_rigid_mm(bone))
@@ -338,18 +337,9 @@ def write_case(
         image.set_sform(grid.affine, 1)
         write_atomic(folder / f"{name}.nii.gz", partial(_write_bytes, gzip.compress(image.to_bytes(), 6, mtime=0)))
     write_atomic(folder / "truth.json", partial(_write_bytes, json.dumps(truth_table(case), indent=1).encode()))
-    write_atomic(folder / "landmarks.csv", partial(_write_landmarks, case.landmarks))
+    write_landmarks(folder / "landmarks.csv", case.landmarks)
     return folder
 
 
 def _write_bytes(content: bytes, path: Path) -> None:
     path.write_bytes(content)
-
-
-def _write_landmarks(landmarks: Landmarks, path: Path) -> None:
-    points = torch.cat([landmarks.fixed_mm, landmarks.moving_mm], 1).tolist()
-    with open(path, "w", newline="") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(["name", "vertebra", *COORDINATES])
-        for name, vertebra, row in zip(landmarks.names, landmarks.vertebra, points):
-            table.writerow([name, vertebra, *(f"{value:.5f}" for value in row)])

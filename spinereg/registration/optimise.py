@@ -15,7 +15,6 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
@@ -23,13 +22,14 @@ from tqdm import tqdm
 from ..files.transforms import SpineTransform
 from ..files.volumes import Labels
 from ..losses.penalties import Bone, bone_jacobian, bone_voxels, determinant, diffusion, orthonormality, properness, rigid_field, rigid_motions
-from ..losses.similarity import erode_mask, lncc_loss, mi_loss, mind_loss
+from ..losses.similarity import lncc_loss, mi_loss, mind_loss
 from ..measure.metrics import mean_dice
 from ..measure.motion import vertebra_rigidity
 from ..measure.pictures import Overview
 from .run import Step
-from ..space.fields import blur, coarsen, coverage, integrate, jacobian, resample_field, warp, warp_labels
+from ..space.fields import extend_field, integrate, jacobian, resample_field, warp, warp_labels
 from ..space.geometry import Grid, crop_grid, respace_grid
+from ..space.images import blur, coarsen, coverage, erode_mask
 
 # %% ../../nbs/43_registration.optimise.ipynb #de42e920
 class Scene(NamedTuple):
@@ -200,7 +200,6 @@ def _bone(scene: Scene, level: Level, disp: Float[Tensor, "1 3 i j k"]) -> Bone 
     won, share = warp_labels(scene.labels.data[None], scene.labels.grid, level.grid, disp, scene.rigid)
     return bone_voxels(won * (share > 0.5), len(scene.labels.names), minimum=0)
 
-
 # %% ../../nbs/43_registration.optimise.ipynb #15e45522
 def make_view(
     scene: Scene,
@@ -286,7 +285,6 @@ def optimise(
                 break
     return Optimised(velocity, before, pd.DataFrame(rows), stopped)
 
-
 # %% ../../nbs/43_registration.optimise.ipynb #e1ff390b
 def finish(
     velocity: Float[Tensor, "1 3 i j k"],  # mm
@@ -295,14 +293,6 @@ def finish(
     fade_mm: float = 20.0,
 ) -> SpineTransform:
     "Extend a velocity beyond its grid until it fades, and integrate it both ways."
-    spacing = float(grid.spacing_mm[0])
-    flat = int(np.ceil(float(velocity.abs().max()) / spacing)) + 1
-    margin = flat + int(np.ceil(fade_mm / spacing))
-    wide = crop_grid(grid, [-margin] * 3, np.array(grid.shape) + margin)
-    extended = F.pad(velocity, [margin] * 6, mode="replicate")
-    for axis, n in enumerate(grid.shape, start=2):
-        index = torch.arange(n + 2 * margin, device=velocity.device) - margin
-        beyond = torch.maximum(-index, index - (n - 1)).clamp_min(0)
-        s = ((beyond - flat) / (margin - flat)).clamp(0, 1).to(velocity)
-        extended = extended * (1 - s * s * (3 - 2 * s)).view([-1 if a == axis else 1 for a in range(5)])
-    return SpineTransform(wide, integrate(extended, wide), integrate(-extended, wide), rigid)
+    hold_mm = float(velocity.abs().max()) + float(grid.spacing_mm.max())
+    wide_velocity, wide = extend_field(velocity, grid, hold_mm, fade_mm)
+    return SpineTransform(wide, integrate(wide_velocity, wide), integrate(-wide_velocity, wide), rigid)
