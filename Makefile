@@ -64,7 +64,7 @@ test: export OMP_NUM_THREADS = 1
 test: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/typos
-	$(BIN)/nbdev_test --timing --n_workers $(JOBS)
+	$(BIN)/python tests/notebooks.py --timing --n_workers $(JOBS)
 	$(BIN)/pytest -n $(JOBS) --dist worksteal --durations 10
 
 sync: $(VENV)/.test

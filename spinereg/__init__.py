@@ -13,6 +13,7 @@ PUBLIC = {  # name -> where it is defined; imported when it is first asked for
     "register_elastix": "compare.elastix",
     "read_pair": "files.pairs",
     "read_transform": "files.transforms",
+    "Grid": "space.geometry",
     "Pair": "files.pairs",
     "SpineTransform": "files.transforms",
     "Registration": "registration.results",
@@ -21,11 +22,13 @@ PUBLIC = {  # name -> where it is defined; imported when it is first asked for
     "InputError": "files.problems",
     "Problem": "files.problems",
     "Notice": "files.problems",
+    "ElastixError": "compare.elastix",
     "SliceViewer": "interactive.viewers",
     "JacobianMap": "interactive.viewers",
     "DeformedGrid": "interactive.viewers",
     "Quiver": "interactive.viewers",
     "view3d": "interactive.view3d",
+    "install_itk_viewer": "interactive.view3d",
     "TrainingMonitor": "interactive.monitor",
 }
 

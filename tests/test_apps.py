@@ -1,5 +1,7 @@
 """Every app notebook runs through papermill with its defaults, on data_samples, into a temporary folder."""
 
+import ast
+import json
 from pathlib import Path
 
 import papermill
@@ -9,10 +11,30 @@ ROOT = Path(__file__).resolve().parent.parent
 APPS = sorted((ROOT / "nbs/apps").glob("*.ipynb"))
 
 
+def run(path, executed, **parameters):
+    papermill.execute_notebook(path, executed, parameters=parameters, cwd=ROOT, kernel_name="python3", progress_bar=False)
+
+
+def checked_twice(notebook):
+    "The notebook with its check of the parameters once more at the end, as for somebody who runs the upper cells again."
+    trees = [ast.parse("".join(cell["source"])) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    calls = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "given_parameters"]
+    again = {"cell_type": "code", "id": "again", "metadata": {}, "execution_count": None, "outputs": [], "source": "\n".join(map(ast.unparse, calls))}
+    return notebook | {"cells": [*notebook["cells"], again]}
+
+
 @pytest.mark.parametrize("path", APPS, ids=[path.stem for path in APPS])
 def test_app_runs_on_data_samples_and_leaves_a_small_notebook(path, tmp_path):
     """D4: the executed notebook is at most 5 MB. What an app computes is the subject of the module tests."""
-    executed = tmp_path / path.name
-    papermill.execute_notebook(path, executed, parameters={"out_dir": str(tmp_path / "out")}, cwd=ROOT, kernel_name="python3", progress_bar=False)
+    app, executed = tmp_path / path.name, tmp_path / "executed.ipynb"
+    app.write_text(json.dumps(checked_twice(json.loads(path.read_text("utf-8")))), "utf-8")
+    run(app, executed, out_dir=str(tmp_path / "out"))
     assert executed.stat().st_size <= 5_000_000
     assert any((tmp_path / "out").iterdir())
+
+
+def test_d6_an_app_refuses_a_parameter_it_does_not_have(tmp_path):
+    """D6: a misspelt name stops the run before it has begun, and the message names those there are."""
+    with pytest.raises(papermill.PapermillExecutionError, match=r"check: splitz is not a parameter\. Parameters: data_dir, .*splits"):
+        run(ROOT / "nbs/apps/check.ipynb", tmp_path / "executed.ipynb", splitz=["train"], out_dir=str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from jaxtyping import TypeCheckError
+from notebooks import alike, as_stored
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -120,6 +121,39 @@ def test_notebook_opens_with_a_title_and_a_subtitle(path):
     assert re.match(r"# \S.*\n\n> \S", first), first[:80]
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
+def test_links_from_a_notebook_lead_somewhere(path):
+    links = re.findall(r"\]\(([^)#:]+)[)#]", "".join(source(cell) for cell in cells(path, "markdown")))
+    missing = [link for link in links if not (path.parent / link).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize(
+    ("stored", "fresh", "same"),
+    [("Dice 0.58 of 7 vertebrae", "Dice 0.59 of 7 vertebrae", True), ("Dice 0.58", "Dice 0.60", False), ("0.3 mm", "0.3 voxels", False)]
+    + [("['check', 'train']", "['check', 'elastix', 'train']", False), ("6 of 6 cases", "5 of 6 cases", False), ("L4", "L5", False)]
+    + [("tensor(5.6624e-07)", "tensor(-3.1e-09)", True), ("(22797, 1.5e3)", "(22790, 1499.0)", True), ("0.943671875", "0.9451", False)],
+)
+def test_what_counts_as_a_stale_output(stored, fresh, same):
+    assert alike(stored, fresh) == same
+
+
+def test_a_stale_output_is_found_and_shown(tmp_path):
+    """Notebook, cell, stored and fresh text; a cell that says why its output varies is left out."""
+    (tmp_path / "nbs").mkdir()
+    shutil.copy(ROOT / "settings.ini", tmp_path)
+    output = {"output_type": "stream", "name": "stdout", "text": ["3 apps\n"]}
+    cell = {"cell_type": "code", "metadata": {}, "execution_count": None, "outputs": [output]}
+    sources = ["# a note", "print(2 + 2, 'apps')", "# output varies: it is a guess\nprint(5, 'apps')"]
+    notebook = {"cells": [cell | {"id": str(number), "source": text} for number, text in enumerate(sources)]}
+    (tmp_path / "nbs/a.ipynb").write_text(json.dumps(notebook | {"metadata": {}, "nbformat": 4, "nbformat_minor": 5}), "utf-8")
+    done = python(str(ROOT / "tests/notebooks.py"), "--n_workers", "0", cwd=tmp_path)
+    if as_stored():
+        assert done.returncode == 1
+        lines = ["a.ipynb: stale outputs", "cell 0", "  stored: 3 apps", "  fresh : ", "cell 1", "  stored: 3 apps", "  fresh : 4 apps", ""]
+        assert "\n".join(lines) in done.stderr
+
+
 BOOK = [path for path in NOTEBOOKS if re.match(r"\d", path.name)]
 
 
@@ -155,6 +189,13 @@ def test_d6_app_has_one_cell_of_plain_commented_parameters(path):
         assert "#" in tagged[0].splitlines()[line.end_lineno - 1], f"say what `{ast.unparse(line)}` means, in a comment behind it"
 
 
+@pytest.mark.parametrize("path", [path for path in APPS if path.stem != "samples"], ids=name_of)
+def test_d6_app_checks_all_that_papermill_set(path):
+    """D6: papermill sets any name it is given; the app hands all names over before it does anything."""
+    calls = [ast.unparse(node) for node in ast.walk(parsed(path)) if isinstance(node, ast.Call)]
+    assert len([call for call in calls if call.startswith("given_parameters(globals(), ")]) == 1
+
+
 @pytest.mark.parametrize("path", APPS, ids=name_of)
 def test_app_defines_no_function(path):
     assert not [node for node in ast.walk(parsed(path)) if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Lambda)]
@@ -178,6 +219,8 @@ def test_the_public_face_is_small_and_every_name_is_there():
     assert set(dir(spinereg)) == {*spinereg.__all__, "__version__"}
     for name in spinereg.__all__:
         assert getattr(spinereg, name).__module__ == f"spinereg.{spinereg.PUBLIC[name]}"
+    named = set(re.findall(r"`(\w+)\(", (ROOT / "README.md").read_text("utf-8")))
+    assert {"SliceViewer", "view3d", "TrainingMonitor"} <= named <= set(spinereg.__all__)
     done = python("-c", "import sys, spinereg; print(*sys.modules)", cwd=ROOT)
     assert not {"torch", "numpy", "spinereg.space"} & set(done.stdout.split())
 

@@ -19,7 +19,6 @@ import tempfile
 import time
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
-from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,9 +31,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..files.transforms import FLIP, SpineTransform, itk_image
-from ..registration.optimise import PROGRESS, Level, Scene, make_level
+from ..losses.objective import Batch
 from ..registration.register import check_settings, conclude, prepare, register
 from ..registration.results import Registration
+from ..registration.run import PROGRESS, in_range, refuse, whole
+from ..registration.scene import Scene, make_batch
 from ..space.fields import extend_field, invert, warp_labels
 from ..space.geometry import Grid
 
@@ -99,7 +100,7 @@ def own_frame(
 
 def write_inputs(
     folder: Path,
-    level: Level,  # the images, on one grid
+    level: Batch,  # the images, on one grid
     bone: Float[Tensor, "i j k"] | None,  # 1 in the moving image's vertebrae; None for no penalty
     parameters: Mapping[str, list[str]],  # from `parameter_map`
 ) -> None:
@@ -196,7 +197,7 @@ class Found(NamedTuple):
     "What elastix found."
 
     disp: Float[Tensor, "1 3 i j k"]  # mm, along the axes of the level's grid
-    history: pd.DataFrame  # a row per step: level_mm, step, similarity, and with the penalty orthonormality and properness
+    history: pd.DataFrame  # a row per step: level_mm, step, similarity, and with the penalty oc and pc
 
 
 def read_history(
@@ -204,14 +205,14 @@ def read_history(
     spacing_mm: float,  # of the finest level
 ) -> pd.DataFrame:  # as in `Found`
     "The table of steps that elastix left."
-    names = {"1:ItNr": "step", "2:Metric0": "similarity", "Metric-OC": "orthonormality", "Metric-PC": "properness"}
+    names = {"1:ItNr": "step", "2:Metric0": "similarity", "Metric-OC": "oc", "Metric-PC": "pc"}
     tables = [pd.read_csv(folder / f"IterationInfo.0.R{n}.txt", sep="\t").assign(level_mm=2 ** (2 - n) * spacing_mm) for n in range(3)]
     history = pd.concat(tables, ignore_index=True).rename(columns=names)
     return history[["level_mm", *(name for name in names.values() if name in history)]]
 
 
 def solve(
-    level: Level,  # the images, on one grid
+    level: Batch,  # the images, on one grid
     bone: Float[Tensor, "i j k"] | None,  # 1 in the moving image's vertebrae, on the same grid; None for no penalty
     parameters: Mapping[str, list[str]],  # from `parameter_map`
     timeout_s: float = 3600.0,
@@ -240,15 +241,9 @@ def check_elastix(
     "Refuse settings that make no sense, and a missing extra, before any work is done."
     defaults = {name: parameter.default for name, parameter in inspect.signature(register).parameters.items()}
     check_settings(defaults | given)
-    wrong = []
-    for name, low in (("iterations", 1), ("samples", 100), ("seed", 0)):
-        if not isinstance(given[name], int) or given[name] < low:
-            wrong.append(f"{name}={given[name]!r}: expected a whole number, at least {low}")
-    for name, low, high in (("grid_spacing_mm", 2 * given["spacing_mm"], 100), ("weight_similarity", 1e-6, 1e6), ("timeout_s", 1, 1e6)):
-        if not isinstance(given[name], Real) or not low <= given[name] <= high:
-            wrong.append(f"{name}={given[name]!r}: expected a number from {low:g} to {high:g}")
-    if wrong:
-        raise ValueError("register_elastix: " + "; ".join(wrong))
+    wrong = [whole(name, given[name], least) for name, least in (("iterations", 1), ("samples", 100), ("seed", 0))]
+    ranges = ("grid_spacing_mm", 2 * given["spacing_mm"], 100), ("weight_similarity", 1e-6, 1e6), ("timeout_s", 1, 1e6)
+    refuse("register_elastix", wrong + [in_range(name, given[name], low, high) for name, low, high in ranges])
     try:
         version("itk-elastix")
     except PackageNotFoundError as error:
@@ -293,7 +288,7 @@ def register_elastix(
     scene, grid = prepared.scene, prepared.grid
     bone = bone_mask(scene, grid) if weight_rigidity > 0 else None
     settings = parameter_map(grid_spacing_mm, iterations, samples, weight_similarity, 0.0 if bone is None else weight_rigidity, seed)
-    found = solve(make_level(scene, grid, spacing_mm, reach=0), bone, settings, timeout_s)
+    found = solve(make_batch(scene, grid, spacing_mm), bone, settings, timeout_s)
     transform = whole_transform(found.disp, grid, prepared.start.rigid)
     prepared.clock.lap("elastix")
     return conclude(prepared, transform, found.history, parameters | {"itk_elastix": version("itk-elastix")}, out_dir)

@@ -27,8 +27,8 @@ from ..files.problems import write_atomic
 from ..learning.cases import FILES, Case, find_cases
 from ..measure.pictures import Picture
 from ..registration.networks import find_weights
-from ..registration.optimise import PROGRESS
 from ..registration.register import register
+from ..registration.run import PROGRESS
 
 # %% ../../nbs/61_compare.evaluation.ipynb #f7486e88
 def is_done(

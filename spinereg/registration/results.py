@@ -4,37 +4,35 @@
 
 # %% auto #0
 __all__ = ['vertebra_table', 'touches_border', 'compare_labels', 'measure_field', 'Registration', 'rigidity_means', 'doubts',
-           'summarise', 'likeness', 'evaluate', 'save', 'write_files', 'environment']
+           'summarise', 'likeness', 'evaluate', 'save', 'write_files']
 
 # %% ../../nbs/46_registration.results.ipynb #5e830d6b
 import json
-import platform
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import psutil
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-import spinereg
 from ..files.nifti import write_image
 from ..files.pairs import Pair
 from ..files.problems import write_together
 from ..files.transforms import FLIP, SpineTransform, itk_affine, write_itk, write_transform
 from ..files.volumes import Labels, write_labels
-from ..losses.penalties import bone_voxels, determinant, rigid_dice, rigid_motions
-from ..losses.similarity import lncc_loss
+from ..losses.bone import bone_voxels, rigid_motions
+from ..losses.penalties import rd
+from ..losses.similarity import LNCC
 from ..measure.metrics import diffeomorphism, label_agreement, landmark_errors, regularity, round_trip
 from ..measure.motion import Rigidity, bone_contacts, neighbour_motions, pose, vertebra_axes, vertebra_rigidity, world_motions
 from ..measure.pictures import Overview, Picture, draw_overview
-from .optimise import Scene, make_view, overlap_mask
+from ..measure.snapshot import make_view
 from .prealign import RigidStart
-from ..space.fields import jacobian, warp, warp_labels, world_vectors
+from .scene import Scene, make_batch, overlap_mask
+from ..space.fields import determinant, jacobian, warp, warp_labels, world_vectors
 from ..space.geometry import Grid, transform_points
 from ..space.images import label_centres_mm
 
@@ -235,7 +233,7 @@ def likeness(
 ) -> dict[str, float]:  # 0 to 1
     "Mean squared local correlation of the images after pre-alignment and now."
     images = {"prealigned": view.before, "now": view.moved}
-    return {when: 1 - lncc_loss(view.fixed[None, None], image[None, None], mask, radius=2).item() for when, image in images.items()}
+    return {when: 1 - LNCC(radius=2)(view.fixed[None, None], image[None, None], mask).item() for when, image in images.items()}
 
 
 def evaluate(
@@ -249,7 +247,7 @@ def evaluate(
     "Move the image and the labels, measure, and gather all of it."
     native = pair.fixed.native.grid
     disp = transform.disp_on(grid)
-    view, share = make_view(scene, grid, disp)
+    view, share = make_view(disp, make_batch(scene, grid))
     metrics = {"field": measure_field(transform, disp, grid, overlap_mask(scene, grid))}
     metrics |= {"local_correlation": likeness(view, overlap_mask(scene, grid, 2))}
     metrics |= {"landmarks": [], "labels": {}, "contacts": [], "motions": {}, "rigidity": {}, "seen_percent": {}}
@@ -257,7 +255,7 @@ def evaluate(
     if scene.labels is not None:
         deformation = transform.disp_on(native)
         names, whole = scene.labels.names, np.bincount(scene.labels.data.cpu().ravel())[1:] * scene.labels.grid.spacing_mm.prod()
-        vertebrae, motions, metrics["seen_percent"] = vertebra_table(disp, grid, view.labels[None], share, scene.rigid, names, whole)
+        vertebrae, motions, metrics["seen_percent"] = vertebra_table(disp, grid, view.labels[None], share[None], scene.rigid, names, whole)
         moved_labels = warp_labels(scene.labels.data[None], scene.labels.grid, native, deformation, scene.rigid)[0][0]
         number = [names.index(name) for name in vertebrae.index]
         cut = np.array(touches_border(moved_labels, len(names))) | touches_border(scene.labels.data, len(names))
@@ -271,7 +269,7 @@ def evaluate(
         metrics["contacts"] = [contact._asdict() for contact in contacts]
         if number:
             bone = bone_voxels(kept[view.labels[None].long()] * (share > 0.5), len(number), minimum=0)
-            loss = rigid_dice(disp, grid, bone, rigid_motions(disp, grid, bone), seen[None], scene.labels.grid, scene.rigid)
+            loss = rd(disp, grid, bone, rigid_motions(disp, grid, bone), seen[None], scene.labels.grid, scene.rigid)
             metrics["rigidity"] = rigidity_means(vertebrae) | {"rigid_dice": 1 - loss.item()}
     if pair.fixed_labels is not None and scene.labels is not None:
         rows, metrics["labels"] = _agreement(pair.fixed_labels, scene, grid, transform, view)
@@ -337,25 +335,3 @@ def write_files(
     result.vertebrae.to_csv(folder / "vertebrae.csv", float_format="%.6g")
     (folder / "metrics.json").write_text(json.dumps(result.metrics, indent=1))
     result.overview().savefig(folder / "overview.png", dpi=110)
-
-# %% ../../nbs/46_registration.results.ipynb #de154a5f
-def environment(
-    device: torch.device,
-) -> dict:
-    "Versions, device and peak memory of this process."
-    packages = {name: version(name) for name in ("torch", "numpy", "scipy", "nibabel", "SimpleITK")}
-    process = psutil.Process().memory_info()
-    peak = getattr(process, "peak_wset", None) or _peak_rss()
-    used = {"peak_memory_gb": round(peak / 1e9, 3)}
-    if device.type == "cuda":
-        used["peak_gpu_memory_gb"] = round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {"spinereg": spinereg.__version__, "python": platform.python_version(), **packages, "device": f"{device.type} ({name})", **used}
-
-
-def _peak_rss() -> int:
-    "Largest resident memory of this process so far, bytes (Linux and macOS)."
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if platform.system() == "Darwin" else 1024 * peak
