@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['POINTS', 'LOOKED_AT', 'CURVES', 'thin', 'Curves', 'make_curves', 'grow', 'update_curves', 'Log', 'new_log']
 
-# %% ../../nbs/34_measure.curves.ipynb #9af9680b
+# %% ../../nbs/34_measure.curves.ipynb #d8f49ac6
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 from ..losses.objective import TERMS
 from .pictures import COLOURS
 
-# %% ../../nbs/34_measure.curves.ipynb #4dbb9765
+# %% ../../nbs/34_measure.curves.ipynb #7216f69a
 POINTS = 400  # of a curve, at most; a panel has no more pixels
 
 
@@ -35,7 +35,7 @@ def thin(
     count = (~np.isnan(table)).sum(1)
     return steps + (stretch + 1) / 2, np.nansum(table, 1) / np.where(count, count, np.nan)
 
-# %% ../../nbs/34_measure.curves.ipynb #220d70d4
+# %% ../../nbs/34_measure.curves.ipynb #50b190a3
 LOOKED_AT = ("dice_before", "dice_after", "residual_median_mm", "folding_percent")  # known at some steps only
 
 
@@ -67,7 +67,7 @@ def make_curves(
         ax.legend(fontsize=6, loc="upper right")
     return Curves(ax, lines, marks, empty)
 
-# %% ../../nbs/34_measure.curves.ipynb #a910bfb7
+# %% ../../nbs/34_measure.curves.ipynb #f18a1e61
 def grow(
     limits: tuple[float, float],
     values: np.ndarray,
@@ -83,7 +83,7 @@ def grow(
     room = 0.3 * (high - low) or 0.1 * abs(high) or 1.0
     return low - room, high + room
 
-# %% ../../nbs/34_measure.curves.ipynb #12269932
+# %% ../../nbs/34_measure.curves.ipynb #890a1bd6
 def update_curves(
     curves: Curves,
     traces: Mapping[str, Sequence[float]],
@@ -106,7 +106,7 @@ def update_curves(
     curves.marks.set_segments([[(begin, 0), (begin, 1)] for begin in begins])
     return before != (ax.get_xlim(), ax.get_ylim())
 
-# %% ../../nbs/34_measure.curves.ipynb #5138f15b
+# %% ../../nbs/34_measure.curves.ipynb #e6959f7b
 CURVES = (  # columns of the steps' rows, title, logarithmic
     (("loss", "similarity"), "loss, and similarity loss", False),
     (TERMS[1:], "other terms", True),
@@ -117,7 +117,7 @@ CURVES = (  # columns of the steps' rows, title, logarithmic
     (("folding_percent",), "folding, %", False),
 )
 
-# %% ../../nbs/34_measure.curves.ipynb #07f2640c
+# %% ../../nbs/34_measure.curves.ipynb #d2a1a56f
 @dataclass
 class Log:
     "What a run has told so far."
