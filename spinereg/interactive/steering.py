@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROW', 'Requests', 'weight_slider', 'slider_weight', 'Controls', 'add_run', 'listen']
 
-# %% ../../nbs/78_interactive.steering.ipynb #0a30badb
+# %% ../../nbs/78_interactive.steering.ipynb #f21bec97
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ import ipywidgets as widgets
 
 from ..registration.run import Step
 
-# %% ../../nbs/78_interactive.steering.ipynb #af347a4e
+# %% ../../nbs/78_interactive.steering.ipynb #94028863
 @dataclass
 class Requests:
     "What a person asks of a run."
@@ -37,7 +37,7 @@ class Requests:
         step.stop = step.stop or self.stop
         return said
 
-# %% ../../nbs/78_interactive.steering.ipynb #7fd38a40
+# %% ../../nbs/78_interactive.steering.ipynb #7ea4fb3f
 def weight_slider(
     name: str,  # of the term
     weight: float,  # to begin with
@@ -54,7 +54,7 @@ def slider_weight(
     "The weight that a slider stands for."
     return 0.0 if math.log10(slider.value) < slider.min + slider.step / 2 else slider.value
 
-# %% ../../nbs/78_interactive.steering.ipynb #f134d428
+# %% ../../nbs/78_interactive.steering.ipynb #7364403b
 ROW = {"flex_flow": "row wrap"}
 
 
@@ -90,7 +90,7 @@ class Controls:
         "Every widget that a person may touch."
         return [self.stop, self.pause, *([self.case] if self.case else []), *self.sliders.values()]
 
-# %% ../../nbs/78_interactive.steering.ipynb #f3742193
+# %% ../../nbs/78_interactive.steering.ipynb #5c787b57
 def add_run(
     controls: Controls,
     step: Step,  # the first of the run
@@ -108,7 +108,7 @@ def add_run(
         controls.sliders[name].observe(partial(controls.on_weight, name), "value")
     controls.weights.children = list(controls.sliders.values())
 
-# %% ../../nbs/78_interactive.steering.ipynb #0506a034
+# %% ../../nbs/78_interactive.steering.ipynb #fcf383fa
 def listen(
     controls: Sequence[widgets.Widget],
 ) -> None:
