@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import spinereg
-from spinereg.interactive.curves import grow, thin
-from spinereg.interactive.monitor import Budget, Buttons, Requests, TrainingMonitor, clock
+from spinereg.interactive.monitor import Budget, TrainingMonitor, clock
+from spinereg.interactive.steering import Controls, Requests, add_run
 from spinereg.losses.objective import TERMS, Weights
+from spinereg.measure.curves import grow, thin
 from spinereg.measure.pictures import Overview
 from spinereg.registration.run import Step
 from spinereg.space.geometry import Grid
@@ -186,9 +187,9 @@ def test_pause_holds_the_run_until_it_is_released():
 def test_a_slider_begins_where_the_browser_does_not_round_it_and_is_off_at_its_end(name):
     """A first value off the slider's steps would come back rounded, and change a weight that nobody touched."""
     requests, step = Requests(), step_of(1)
-    buttons = Buttons(requests)
-    buttons.offer(step, 0, on_case=print)
-    slider = buttons.sliders[name]
+    controls = Controls(requests)
+    add_run(controls, step, 0, choose=print)
+    slider = controls.sliders[name]
     steps = (np.log10(slider.value) - slider.min) / slider.step
     assert steps == pytest.approx(round(steps), abs=1e-6) and requests.weights == {}
     slider.value = 10**slider.max
@@ -201,7 +202,7 @@ def test_another_case_can_be_chosen():
     monitor = TrainingMonitor(fraction=1.0)
     monitor.box  # noqa: B018  as a notebook would ask for it
     monitor(step_of(1))
-    monitor.buttons.case.value = 1
+    monitor.controls.case.value = 1
     last = step_of(10)
     monitor(last)
     assert last.asked == [1] and "slices: b" in monitor.live.words.get_text()
@@ -214,7 +215,7 @@ def test_a_registration_has_one_case_and_no_menu():
     del step.row["stage"], step.row["epoch"]
     step.row["level_mm"] = 4.0
     monitor(step)
-    assert monitor.buttons.case is None and "4 mm" in monitor.live.words.get_text()
+    assert monitor.controls.case is None and "4 mm" in monitor.live.words.get_text()
 
 
 def test_dice_before_is_measured_once_and_not_on_the_grid_of_every_level():
@@ -253,7 +254,7 @@ def test_d4_ten_thousand_steps_do_not_fill_the_memory():
     grown, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert grown < 20e6 and monitor.log.steps == 10000
-    monitor.live.turn_curves(monitor.log)
+    monitor.live.show_curves(monitor.log)
     assert max(len(line.get_xdata()) for curves in monitor.live.curves for line in curves.lines.values()) <= 400
 
 
