@@ -18,9 +18,9 @@ from matplotlib.patheffects import withStroke
 from scipy import ndimage
 from torch import Tensor
 
-from ..measure.motion import label_centres_mm
 from ..measure.pictures import COLOURS, Picture
 from ..space.geometry import Grid, crop_grid, index_map, sample_index, transform_points
+from ..space.images import label_centres_mm
 
 # %% ../../nbs/76_interactive.bones.ipynb #98217723
 def camera(

@@ -172,7 +172,7 @@ def left_out(
 def same_numbering(prepared: Prepared) -> None:
     "Refuse a pair whose vertebrae lie one vertebra apart."
     fixed, moving = prepared.pair.fixed_labels, prepared.pair.moving_labels
-    if fixed is not None and moving is not None and (shift := level_shift(fixed, moving, prepared.start.matrix)):
+    if fixed is not None and moving is not None and (shift := level_shift(fixed, moving, prepared.start.rigid)):
         reason = f"after pre-alignment each vertebra lies on the one {'below' if shift > 0 else 'above'} it in the moving image"
         fix = "One map is counted wrongly, or the pre-alignment is one vertebra off: look at both, correct the map or use prealign='labels'."
         raise InputError(Problem("fixed_labels", str(fixed.native.path), reason, fix))

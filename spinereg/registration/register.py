@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['check_settings', 'Prepared', 'label_tables', 'prepare', 'conclude', 'ask_network', 'register', 'memory_gb',
-           'memory_warning', 'describe', 'apply', 'read_through']
+           'memory_warning', 'describe', 'apply', 'read_values', 'carry']
 
 # %% ../../nbs/47_registration.register.ipynb #81bd1d90
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -34,8 +34,8 @@ from .prealign import RigidStart, rigid_start
 from .results import Registration, evaluate
 from .run import Clock, Step, choose_device, environment, frees_memory, in_range, one_of, refuse, weights_changed, whole
 from .scene import Scene, make_batch, make_scene, working_grid
-from ..space.fields import inside, vote
-from ..space.geometry import Grid, crop_grid, sample_index, transform_points
+from ..space.fields import warp, warp_labels
+from ..space.geometry import Grid, slabs
 
 # %% ../../nbs/47_registration.register.ipynb #438211ab
 def check_settings(
@@ -120,7 +120,7 @@ def prepare(
     for notice in start.notices:
         tell(notice)
     tell(f"pre-alignment: {start.how}; overlap {start.overlap_before:.0%} by the headers, {start.overlap_after:.0%} now")
-    scene = make_scene(pair, start.matrix, where)
+    scene = make_scene(pair, start.rigid, where)
     grid = working_grid(scene, spacing_mm)
     clock.lap("prealign")
     tell(f"working grid: {grid}, on {where.type}" + ("" if scene.labels else "; rigidity off: no labels"))
@@ -200,7 +200,7 @@ def register(
         levels, steps = (levels[-1:], (polish,)) if polish else ((), ())
     terms = Weights(diffusion=weight_diffusion, oc=weight_oc, pc=weight_pc, rf=weight_rf)
     found = optimise(scene, grid, similarity_of(similarity), terms, levels, steps, step_mm, on_step, start)
-    transform = make_transform(found.velocity, found.grid, prepared.start.matrix)
+    transform = make_transform(found.velocity, found.grid, prepared.start.rigid)
     prepared.clock.lap("optimise")
     return conclude(prepared, transform, found.history, parameters, out_dir, found.stopped)
 
@@ -235,7 +235,7 @@ def describe(
     "How a result came about: pre-alignment, parameters, times, versions."
     start = result.start
     plain = {name: value if isinstance(value, (int, float, list, tuple, dict, type(None))) else str(value) for name, value in parameters.items()}
-    prealign = {"how": start.how, "matrix": start.matrix.tolist(), "overlap_before": start.overlap_before, "overlap_after": start.overlap_after}
+    prealign = {"how": start.how, "matrix": start.rigid.tolist(), "overlap_before": start.overlap_before, "overlap_after": start.overlap_after}
     notices = [notice._asdict() for notice in (*result.pair.notices, *start.notices)]
     made = {"parameters": plain, "seconds": dict(seconds), "environment": environment(device).as_dict()}
     return {"summary": result.summary(), "notices": notices, "prealign": prealign} | made
@@ -253,41 +253,43 @@ def apply(
     if to not in ("fixed", "moving"):
         raise ValueError(f"apply: to={to!r}: expected 'fixed' or 'moving'")
     phi = read_transform(transform)
-    forward, backward = (phi.points, phi.inverse_points) if to == "fixed" else (phi.inverse_points, phi.points)
     if str(what).endswith(".csv"):
-        return _apply_points(Path(what), Path(out), backward)
+        return _apply_points(Path(what), Path(out), phi.inverse_points if to == "fixed" else phi.points)
     if onto is None:
         raise ValueError("apply: onto=None: expected the image whose voxels the result gets, such as the fixed image")
-    target, file = read_image(onto, "onto"), InputFile("what", what)
-    if labels:
-        data, native = read_nifti(file)
-        values = torch.from_numpy(whole_numbers(data, file))
-        for notice in (*target.notices, *file.notices):
-            print(notice)
-        carried = read_through(values, native.grid, target.native.grid, forward)
-        return write_image(out, carried, target.native, np.min_scalar_type(int(values.max())).name)
-    image = read_image(what, "what")
-    for notice in (*target.notices, *image.notices):
+    target = read_image(onto, "onto")
+    values, grid, notices = read_values(what, labels)
+    for notice in (*target.notices, *notices):
         print(notice)
-    return write_image(out, read_through(image.data, image.grid, target.native.grid, forward), target.native)
+    carried = torch.cat([carry(values, grid, part, phi, to) for part in slabs(target.native.grid)])
+    return write_image(out, carried, target.native, np.min_scalar_type(int(values.max())).name if labels else "float32")
 
-# %% ../../nbs/47_registration.register.ipynb #452a4a19
-def read_through(
-    data: Shaped[Tensor, "i j k"],  # values; integers are labels
+
+def read_values(
+    what: str | Path,
+    labels: bool,  # True reads whole numbers
+) -> tuple[Shaped[Tensor, "i j k"], Grid, Sequence[Notice]]:
+    "The voxels of an image or a label map of any scheme, and what was noticed about it."
+    if not labels:
+        image = read_image(what, "what")
+        return image.data, image.grid, image.notices
+    file = InputFile("what", what)
+    data, native = read_nifti(file)
+    return torch.from_numpy(whole_numbers(data, file)), native.grid, file.notices
+
+
+def carry(
+    values: Shaped[Tensor, "i j k"],  # an image; integers are labels
     grid: Grid,
     onto: Grid,
-    where: Callable[[Tensor], Tensor],  # world points of `onto` -> world points of `data`
-) -> Shaped[Tensor, "x y z"]:  # the smallest value outside
-    "Read an image (linear) or labels (by vote) through a map of the world, slab by slab."
-    to_index, rows = np.linalg.inv(grid.affine), []
-    for i in range(onto.shape[0]):
-        slab = crop_grid(onto, [i, 0, 0], [i + 1, *onto.shape[1:]]).points_mm(torch.zeros(1, dtype=torch.float64))
-        index = transform_points(to_index, where(slab)).float().reshape(-1, 3)
-        if data.is_floating_point():
-            rows.append(torch.where(inside(index, grid), sample_index(data[None, None], index[None])[0, 0], data.min()))
-        else:
-            rows.append(vote(data, index)[0])
-    return torch.stack(rows).view(onto.shape)
+    phi: SpineTransform,
+    to: str,  # the world of `onto`: "fixed" or "moving"
+) -> Shaped[Tensor, "x y z"]:  # the smallest value outside; 0 for labels
+    "Read an image (linear) or labels (by vote) through a transform or its inverse."
+    disp, rigid = (phi.disp_on(onto), phi.rigid) if to == "fixed" else (phi.total_inv_on(onto), None)
+    if values.is_floating_point():
+        return warp(values[None, None], grid, onto, disp, rigid, outside="lowest")[0, 0]
+    return warp_labels(values[None], grid, onto, disp, rigid)[0][0]
 
 
 def _apply_points(path: Path, out: Path, where: Callable[[Tensor], Tensor]) -> Path:
