@@ -6,11 +6,12 @@
 __all__ = ['DIFFICULTIES', 'BODY_MARKS', 'SOFT_MARKS', 'Demands', 'oriented_grid', 'scanner_grids', 'within', 'presence',
            'bone_landmarks', 'in_view', 'place_bone_landmarks', 'start_and_rigid_mm', 'soft_landmarks',
            'case_landmarks', 'draw_motion', 'draw_truth', 'PhantomCase', 'verse_values', 'make_case', 'draw_case',
-           'truth_table', 'write_case', 'case_facts']
+           'truth_table', 'write_case', 'write_samples', 'case_facts']
 
 # %% ../../nbs/83_phantom.cases.ipynb #59dcc12f
 import gzip
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -359,6 +360,22 @@ def write_case(
         (aside / "truth.json").write_bytes(json.dumps(truth_table(case), indent=1).encode())
         write_landmarks(aside / "landmarks.csv", case.landmarks)
     return Path(folder)
+
+# %% ../../nbs/83_phantom.cases.ipynb #a6cd7466
+def write_samples(
+    out_dir: str | Path,  # gets train, val and test, and in them a folder for each case
+    train: str = "",  # cases such as "easy_6 clinical_6", separated by spaces
+    val: str = "",  # likewise
+    test: str = "",  # likewise
+) -> Iterator[tuple[Path, PhantomCase]]:  # each folder, and what was drawn for it
+    "Draw a data set and write it, case by case."
+    for split, names in {"train": train, "val": val, "test": test}.items():
+        for name in names.split():
+            difficulty, _, seed = name.rpartition("_")
+            if difficulty not in DIFFICULTIES or not seed.isdecimal():
+                raise ValueError(f"{split}={names!r}: {name!r} is no case; expected {', '.join(DIFFICULTIES)} and a seed, such as easy_0")
+            case = make_case(difficulty, int(seed))
+            yield write_case(Path(out_dir) / split / name, case), case
 
 # %% ../../nbs/83_phantom.cases.ipynb #e264f26a
 def case_facts(
