@@ -13,7 +13,7 @@ from spinereg.files.pairs import read_pair
 from spinereg.files.problems import InputError
 from spinereg.files.transforms import itk_affine, write_itk
 from spinereg.files.volumes import normalise
-from spinereg.registration.prealign import CAPTURE_DEG, CAPTURE_MM, fit_centroids, level_shift, overlap, rigid_start, search
+from spinereg.registration.prealign import CAPTURE_DEG, CAPTURE_MM, fit_centroids, numbering_shift, overlap, rigid_start, search
 from spinereg.space.geometry import Grid, crop_grid, to_ras, transform_points
 from spinereg.space.rigid import rotation_angle_deg
 
@@ -68,7 +68,7 @@ def test_A5_every_way_brings_the_bones_within_reach(pair, how):
     """A5: from 6 mm or more to where the deformable part takes over."""
     start = rigid_start(pair, how)
     assert bone_error_mm(pair, np.eye(4)) > 6
-    assert bone_error_mm(pair, start.matrix) < 4
+    assert bone_error_mm(pair, start.rigid) < 4
     assert start.overlap_after > 0.3
 
 
@@ -82,7 +82,7 @@ def test_A5_the_search_reaches_over_its_stated_capture_range(pair, seed):
     centre, step = pair.moving.grid.centre_mm, rng.normal(size=3)
     away[:3, 3] = centre - away[:3, :3] @ centre + 0.9 * CAPTURE_MM * step / np.linalg.norm(step)
     there = moved_header(pair, away)
-    assert bone_error_mm(there, rigid_start(there, "search").matrix) < 4
+    assert bone_error_mm(there, rigid_start(there, "search").rigid) < 4
 
 
 def test_labels_too_small_to_show_do_not_blind_the_search(pair):
@@ -113,15 +113,15 @@ def test_A4_images_that_do_not_meet_are_an_error_with_both_boxes(pair):
         with pytest.raises(InputError, match=r"overlap by 0%.*fixed x.*moving x") as caught:
             rigid_start(there, how)
         assert "centres" in str(caught.value)
-    assert bone_error_mm(there, rigid_start(there, "auto").matrix) < 4
-    assert bone_error_mm(there, rigid_start(there._replace(fixed_labels=None), "auto").matrix) < 30
+    assert bone_error_mm(there, rigid_start(there, "auto").rigid) < 4
+    assert bone_error_mm(there, rigid_start(there._replace(fixed_labels=None), "auto").rigid) < 30
 
 
 def test_a_transform_file_is_taken_as_it_is(pair, tmp_path):
     matrix = np.eye(4)
     matrix[:3, :3], matrix[:3, 3] = Rotation.from_rotvec([0.02, 0.01, 0]).as_matrix(), [1, 2, 3]
     path = write_itk(tmp_path / "start.tfm", itk_affine(matrix))
-    assert np.allclose(rigid_start(pair, str(path)).matrix, matrix, atol=1e-6)
+    assert np.allclose(rigid_start(pair, str(path)).rigid, matrix, atol=1e-6)
 
 
 @pytest.mark.parametrize(("content", "word"), [("missing", "no such file"), ("scaled", "scales"), ("field", "not linear")])
@@ -154,8 +154,8 @@ def test_B2_labels_that_count_one_level_off_are_told(pair, shift):
     """B2: a map whose names are one level off, cut vertebrae and all."""
     order = ("T10", *pair.moving_labels.names, "S")
     renamed = replace(pair.fixed_labels, names=tuple(order[order.index(name) + shift] for name in pair.fixed_labels.names))
-    assert level_shift(renamed, pair.moving_labels, search_matrix(pair)) == -shift
-    assert level_shift(renamed, renamed, np.eye(4)) == 0
+    assert numbering_shift(renamed, pair.moving_labels, search_matrix(pair)) == -shift
+    assert numbering_shift(renamed, renamed, np.eye(4)) == 0
 
 
 def search_matrix(pair):
@@ -203,5 +203,5 @@ def test_A5_the_distance_of_the_search_and_its_reach_are_said(pair):
     assert "reaches 25 mm and 12 degrees" in start.how and not start.notices
     far = np.eye(4)
     far[:3, 3] = [0, 0, 20]
-    (notice,) = rigid_start(moved_header(pair, far @ np.linalg.inv(start.matrix)), "search").notices
+    (notice,) = rigid_start(moved_header(pair, far @ np.linalg.inv(start.rigid)), "search").notices
     assert "close to the end of its reach" in notice.text
