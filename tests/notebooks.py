@@ -8,6 +8,7 @@ largest (whole numbers: by more than a thousandth). Pictures, progress bars, add
 with a comment `# output varies: why`. Another system or other versions than those of constraints.txt may print otherwise: there, nothing is compared.
 """
 
+import json
 import re
 import sys
 from importlib.metadata import version
@@ -88,6 +89,14 @@ class ComparingShell(CaptureShell):
         return f"\n{fname}: stale outputs{self.exc}\n" if isinstance(self.exc, StaleOutput) else super().prettytb(fname)
 
 
+def left_out():
+    "Every cell that is not compared, and why."
+    for path in sorted([*(ROOT / "nbs").glob("*.ipynb"), *(ROOT / "nbs/tutorials").glob("*.ipynb")]):
+        for number, cell in enumerate(json.loads(path.read_text("utf-8"))["cells"]):
+            if why := VARIES.search("".join(cell["source"])):
+                yield f"{path.relative_to(ROOT / 'nbs')}, cell {number}: {why.group(1)}"
+
+
 def as_stored():
     "Whether this is a system with the versions that the stored outputs were made with."
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines() if "==" in line)
@@ -97,6 +106,7 @@ def as_stored():
 if __name__ == "__main__":
     if as_stored():
         nbdev.test.CaptureShell = ComparingShell
+        print("Not compared:", *left_out(), sep="\n  ")
     else:
         print("Stored outputs are not compared: they were made on Linux with the versions of constraints.txt.")
     nbdev.test.nbdev_test()

@@ -8,9 +8,8 @@ import SimpleITK as sitk
 import torch
 from scipy.spatial.distance import cdist
 
-from spinereg.losses.penalties import determinant
 from spinereg.measure.metrics import diffeomorphism, label_agreement, landmark_errors, regularity, round_trip
-from spinereg.space.fields import integrate, jacobian
+from spinereg.space.fields import determinant, integrate, jacobian
 from spinereg.space.geometry import Grid
 
 GRID = Grid((16, 14, 12), np.array([[0, -1.2, 0, 5], [1, 0, 0, -7], [0, 0, 4, 9], [0, 0, 0, 1]], float))

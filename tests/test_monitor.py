@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 import tracemalloc
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -18,12 +19,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from spinereg.interactive.monitor import Budget, Buttons, TrainingMonitor, Wishes, clock, grow, thin
+from spinereg.losses.objective import TERMS, Weights
 from spinereg.measure.pictures import Overview
 from spinereg.registration.run import Step
 from spinereg.space.geometry import Grid
 
 ROOT = Path(__file__).parent.parent
-WEIGHTS = {"similarity": 1.0, "diffusion": 0.02, "properness": 0.0}
+WEIGHTS = Weights(diffusion=0.02)
 
 
 def pixels(png):
@@ -48,7 +50,7 @@ def step_of(number, of=10, stage="similarity", weights=None, cases=("a", "b"), *
 
     values = {"epoch": 1, "stage": stage, "step": number, "loss": 2 / number, "similarity": 1 / number}
     values |= {"diffusion": 0.1 * number, "gradient_norm": 1.0}
-    step = Step(values | row, number / of, dict(WEIGHTS) if weights is None else weights, look, cases)
+    step = Step(values | row, number / of, replace(WEIGHTS) if weights is None else weights, look, cases)
     step.asked = asked
     return step
 
@@ -103,16 +105,16 @@ def test_what_is_drawn_fast_is_what_the_whole_figure_looks_like():
 
 def test_d3_stop_and_weights_are_granted_at_the_next_step_and_once():
     """D3: the step that hears of Stop is the last."""
-    monitor, weights = TrainingMonitor(), dict(WEIGHTS)
+    monitor, weights = TrainingMonitor(), replace(WEIGHTS)
     monitor(step_of(1, weights=weights))
-    monitor.wishes.weights |= {"diffusion": 0.5, "of_another_run": 1.0}
+    monitor.wishes.weights |= {"diffusion": 0.5}
     monitor(step_of(2, weights=weights))
-    assert weights == WEIGHTS | {"diffusion": 0.5} and monitor.changes == ["step 2: diffusion 0.02 to 0.5"]
-    weights["diffusion"] = 0.7  # by another hand
+    assert weights == replace(WEIGHTS, diffusion=0.5) and monitor.changes == ["step 2: diffusion 0.02 to 0.5"]
+    weights.diffusion = 0.7  # by another hand
     monitor.wishes.stop = True
     last = step_of(3, weights=weights)
     monitor(last)
-    assert last.stop and weights["diffusion"] == 0.7 and "stopped" in monitor.live.words.get_text()
+    assert last.stop and weights.diffusion == 0.7 and "stopped" in monitor.live.words.get_text()
 
 
 @pytest.mark.parametrize("ends", ["stopped", "done", "failed"])
@@ -120,7 +122,7 @@ def test_a_monitor_can_watch_another_run(ends, monkeypatch):
     """It shows itself anew, and nothing of the first run is left: no wish, no curve, no size."""
     shown = []
     monkeypatch.setattr("spinereg.interactive.monitor.display", shown.append)
-    monitor, weights = TrainingMonitor(), dict(WEIGHTS)
+    monitor, weights = TrainingMonitor(), replace(WEIGHTS)
     monitor(step_of(1))
     monitor.wishes.stop = ends == "stopped"
     monitor(step_of(10 if ends == "done" else 4))
@@ -178,7 +180,7 @@ def test_pause_holds_the_run_until_it_is_released():
     thread.join()
 
 
-@pytest.mark.parametrize("name", list(WEIGHTS))
+@pytest.mark.parametrize("name", [*TERMS])
 def test_a_slider_begins_where_the_browser_does_not_round_it_and_is_off_at_its_end(name):
     """A first value off the slider's steps would come back rounded, and change a weight that nobody touched."""
     wishes, step = Wishes(), step_of(1)

@@ -8,20 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
-from spinereg.losses.penalties import (
-    bending,
-    bone_jacobian,
-    bone_points_mm,
-    bone_voxels,
-    determinant,
-    diffusion,
-    orthonormality,
-    properness,
-    rigid_dice,
-    rigid_field,
-    rigid_motions,
-)
-from spinereg.space.fields import jacobian, warp
+from spinereg.losses.bone import bone_jacobian, bone_points_mm, bone_voxels, rigid_motions
+from spinereg.losses.penalties import bending, diffusion, oc, pc, rd, rf
+from spinereg.space.fields import determinant, jacobian, warp
 from spinereg.space.geometry import Grid
 from spinereg.space.rigid import RigidMotions, procrustes
 
@@ -57,8 +46,8 @@ def penalties(disp, grid, labels, n=2, minimum=0):
     bone = bone_voxels(labels, n, minimum)
     J = bone_jacobian(disp, grid, bone)
     motions = rigid_motions(disp, grid, bone)
-    terms = {"oc": orthonormality(J, bone), "pc": properness(J, bone), "rf": rigid_field(disp, grid, bone, motions)}
-    return terms | {"rd": rigid_dice(disp, grid, bone, motions, labels, grid)}
+    terms = {"oc": oc(J, bone), "pc": pc(J, bone), "rf": rf(disp, grid, bone, motions)}
+    return terms | {"rd": rd(disp, grid, bone, motions, labels, grid)}
 
 
 MOTION = {"turn": st.tuples(*[st.floats(-0.25, 0.25)] * 3), "shift": st.tuples(*[st.floats(-5, 5)] * 3)}
@@ -140,7 +129,7 @@ def published_oc(disp, grid, labels):
 
 def our_oc(disp, grid, labels):
     bone = bone_voxels(labels, 2, minimum=0)
-    return orthonormality(bone_jacobian(disp, grid, bone), bone)
+    return oc(bone_jacobian(disp, grid, bone), bone)
 
 
 def rotation_on_thick_slices(oc):
@@ -320,7 +309,7 @@ def test_rigid_dice_against_dense_one_hot_warps(squared):
     p, t = p[0], torch.stack(t)
     sizes = (p**2 + t**2 if squared else p + t).sum((1, 2, 3))
     truth = 1 - (2 * (p * t).sum((1, 2, 3)) / sizes).mean()
-    assert rigid_dice(disp, grid, bone, motions, labels, label_grid, world, squared=squared).item() == pytest.approx(truth.item(), abs=1e-6)
+    assert rd(disp, grid, bone, motions, labels, label_grid, world, squared=squared).item() == pytest.approx(truth.item(), abs=1e-6)
 
 
 def test_masks_and_rigid_motions_carry_no_gradient():
@@ -340,10 +329,10 @@ def test_gradients_against_finite_differences():
     motions = rigid_motions(u, grid, bone)
     assert torch.autograd.gradcheck(lambda u: diffusion(u, grid), u)
     assert torch.autograd.gradcheck(lambda u: bending(u, grid), u)
-    assert torch.autograd.gradcheck(lambda u: orthonormality(bone_jacobian(u, grid, bone), bone), u)
-    assert torch.autograd.gradcheck(lambda u: properness(bone_jacobian(u, grid, bone), bone), u)
-    assert torch.autograd.gradcheck(lambda u: rigid_field(u, grid, bone, motions), u)
-    assert torch.autograd.gradcheck(lambda u: rigid_dice(u, grid, bone, motions, labels, grid), u)
+    assert torch.autograd.gradcheck(lambda u: oc(bone_jacobian(u, grid, bone), bone), u)
+    assert torch.autograd.gradcheck(lambda u: pc(bone_jacobian(u, grid, bone), bone), u)
+    assert torch.autograd.gradcheck(lambda u: rf(u, grid, bone, motions), u)
+    assert torch.autograd.gradcheck(lambda u: rd(u, grid, bone, motions, labels, grid), u)
 
 
 def test_C2_full_precision_inside_autocast():
@@ -365,5 +354,5 @@ def test_a_field_at_rest_has_no_rigid_field_gradient():
     labels[:, 2:10, 3:9, 2:10] = 1
     disp = torch.zeros(1, 3, 12, 12, 12, requires_grad=True)
     bone = bone_voxels(labels, 1)
-    rigid_field(disp, grid, bone, rigid_motions(disp, grid, bone)).sum().backward()
+    rf(disp, grid, bone, rigid_motions(disp, grid, bone)).sum().backward()
     assert disp.grad.abs().max() == 0

@@ -10,14 +10,23 @@ import torch
 
 from spinereg.files.labels import SCHEMES
 from spinereg.files.pairs import read_landmarks
-from spinereg.phantom.cases import DIFFICULTIES, draw_truth, make_case, place_bone_landmarks, start_and_rigid_mm, truth_table, write_case
+from spinereg.phantom.cases import (
+    DIFFICULTIES,
+    case_facts,
+    draw_case,
+    draw_truth,
+    make_case,
+    place_bone_landmarks,
+    start_and_rigid_mm,
+    truth_table,
+    write_case,
+)
+from spinereg.phantom.posture import bone_points, clearances_mm, inverse_map, map_jacobian, smallest_jacobian
 from spinereg.phantom.spine import DRAWN, Sizes, bone_distances, build_spine, typical_sizes, vertebra_distance
-from spinereg.phantom.tissues import build_anatomy, render, signal, tissue_shares
-from spinereg.phantom.truth import bone_points, clearances_mm, inverse_map, map_jacobian, smallest_jacobian
+from spinereg.phantom.tissues import build_anatomy, render, signal, tissue_fractions
 from spinereg.space.geometry import Grid, crop_grid, respace_grid, to_ras, transform_points
 
-LEVELS = tuple(DIFFICULTIES)
-LEVELS_AND_SEEDS = [("easy", 3), ("clinical", 1), ("hard", 101)]
+CASES = [("easy", 3), ("clinical", 1), ("hard", 101)]
 drawn = functools.cache(draw_truth)
 easy_case = functools.cache(lambda: make_case("easy", 1))
 
@@ -33,7 +42,7 @@ def bone_in_fixed(truth, inside):
 
 @pytest.mark.parametrize(("first", "last"), [("C3", "T2"), ("T2", "T9"), ("T9", "L5")])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_every_level_is_drawn_and_no_neighbours_touch(first, last, seed):
+def test_every_vertebra_is_drawn_and_no_neighbours_touch(first, last, seed):
     spine = build_spine(first, last, seed)
     assert [v.name for v in spine] == list(DRAWN[DRAWN.index(first) : DRAWN.index(last) + 1])
     inside = [bone_points(v, 1.2) for v in spine]
@@ -60,7 +69,7 @@ def test_a_vertebra_is_one_piece_around_a_free_canal():
         assert vertebra_distance(v, canal).min() > 3
 
 
-def test_unknown_vertebra_and_level_are_refused_with_advice():
+def test_unknown_vertebra_and_difficulty_are_refused_with_advice():
     with pytest.raises(ValueError, match="expected one of C3"):
         typical_sizes("S1")
     with pytest.raises(ValueError, match="expected one of easy"):
@@ -76,9 +85,9 @@ def test_sizes_are_plausible_everywhere():
 # ------------------------------------------------------------------------------------------------------------------ truth
 
 
-@pytest.mark.parametrize(("level", "seed"), LEVELS_AND_SEEDS)
-def test_truth_is_exactly_rigid_in_every_vertebra(level, seed):
-    truth, _, _, inside = drawn(level, seed)
+@pytest.mark.parametrize(("difficulty", "seed"), CASES)
+def test_truth_is_exactly_rigid_in_every_vertebra(difficulty, seed):
+    truth, _, _, inside = drawn(difficulty, seed)
     points, number = bone_in_fixed(truth, inside)
     points, number = points[::29], number[::29]
     matrices = torch.as_tensor(truth.matrices)[number]
@@ -92,9 +101,9 @@ def test_truth_is_exactly_rigid_in_every_vertebra(level, seed):
         assert torch.allclose(J, torch.as_tensor(truth.matrices[k, :3, :3]).expand_as(J), atol=1e-7)
 
 
-@pytest.mark.parametrize(("level", "seed"), LEVELS_AND_SEEDS)
-def test_truth_is_invertible_all_over_the_image(level, seed):
-    truth, _, mr_grid, inside = drawn(level, seed)
+@pytest.mark.parametrize(("difficulty", "seed"), CASES)
+def test_truth_is_invertible_all_over_the_image(difficulty, seed):
+    truth, _, mr_grid, inside = drawn(difficulty, seed)
     points = respace_grid(mr_grid, 10.0).points_mm(torch.zeros(1, dtype=torch.float64)).reshape(-1, 3)
     assert torch.linalg.det(map_jacobian(truth, points)).min() > 0.1
     assert smallest_jacobian(truth, [own[3::7] for own in inside]) > 0.1
@@ -122,16 +131,16 @@ def test_truth_follows_shape_dtype_and_batch():
 
 
 @pytest.mark.parametrize("seed", [0, 6, 101, 103])
-@pytest.mark.parametrize("level", ["easy", "clinical"])
-def test_cases_are_neither_too_easy_nor_beyond_their_level(level, seed):
-    truth, ct_grid, mr_grid, inside = drawn(level, seed)
+@pytest.mark.parametrize("difficulty", ["easy", "clinical"])
+def test_cases_are_neither_too_easy_nor_beyond_their_difficulty(difficulty, seed):
+    truth, ct_grid, mr_grid, inside = drawn(difficulty, seed)
     bone = place_bone_landmarks(truth, inside, ct_grid, mr_grid)
     start, rigid = start_and_rigid_mm(bone)
-    assert start >= {"easy": 4.0, "clinical": 6.0}[level]
-    assert rigid >= {"easy": 0.7, "clinical": 1.1}[level]
+    assert start >= {"easy": 4.0, "clinical": 6.0}[difficulty]
+    assert rigid >= {"easy": 0.7, "clinical": 1.1}[difficulty]
     joint = np.linalg.inv(truth.matrices[1:]) @ truth.matrices[:-1]
     angle = np.rad2deg(np.arccos(np.clip((np.trace(joint[:, :3, :3], axis1=1, axis2=2) - 1) / 2, -1, 1)))
-    assert angle.max() <= DIFFICULTIES[level].joint_deg + 1e-6
+    assert angle.max() <= DIFFICULTIES[difficulty].joint_deg + 1e-6
     assert clearances_mm(truth.vertebrae, truth.poses[0], inside).min() > 0.6
     assert len(set(bone.vertebra)) >= 3
 
@@ -168,10 +177,10 @@ def test_fixed_image_is_the_person_at_the_mapped_points():
     part = crop_grid(mr_grid, np.array([30, 30, 70]), np.array([34, 60, 90]))
     image, label = render(person, part, ("t2",), truth, dtype=torch.float64)
     points = truth.map(part.points_mm(torch.zeros(1, dtype=torch.float64)).reshape(-1, 3))
-    shares, expected = tissue_shares(person, points)
-    assert torch.allclose(shares.sum(0), torch.ones(1, dtype=torch.float64))
+    fractions, expected = tissue_fractions(person, points)
+    assert torch.allclose(fractions.sum(0), torch.ones(1, dtype=torch.float64))
     assert torch.equal(expected.reshape(part.shape), label)
-    assert torch.allclose(signal(person, points, shares, "t2").reshape(part.shape), image[0])
+    assert torch.allclose(signal(person, points, fractions, "t2").reshape(part.shape), image[0])
 
 
 def test_a_thick_slice_is_the_mean_of_thin_ones():
@@ -189,9 +198,9 @@ def test_textures_of_ct_and_mr_are_independent_in_marrow():
     person = build_anatomy(truth.vertebrae, case.seed)
     points = torch.cat([transform_points(pose, p) for pose, p in zip(truth.poses[-1], [bone_points(v) for v in truth.vertebrae])])
     points = points[bone_distances(truth.vertebrae, truth.poses[-1], points).amin(0) < -3]
-    shares, _ = tissue_shares(person, points)
-    pure = shares[list(person.tissues).index("marrow")] > 0.999
-    images = torch.stack([signal(person, points[pure], shares[:, pure], m) for m in ("ct", "t1")])
+    fractions, _ = tissue_fractions(person, points)
+    pure = fractions[list(person.tissues).index("marrow")] > 0.999
+    images = torch.stack([signal(person, points[pure], fractions[:, pure], m) for m in ("ct", "t1")])
     assert pure.sum() > 5000 and images.std(1).min() > 0.02
     assert abs(torch.corrcoef(images)[0, 1]) < 0.06
 
@@ -278,6 +287,15 @@ def test_a_clinical_case_has_two_oblique_unlike_grids():
         assert ct_grid.axcodes != mr_grid.axcodes and "".join(mr_grid.axcodes)[int(np.argmax(mr_grid.spacing_mm))] in "RL"
         assert np.abs(mr_grid.axes).max(0).min() < 0.9999
         assert not mr_grid.same_as(ct_grid)
+
+
+def test_facts_and_picture_of_a_case():
+    case = easy_case()
+    facts = case_facts(case)
+    assert facts["vertebrae"].split() == [v.name for v, ct, mr in zip(case.truth.vertebrae, case.in_ct, case.in_mr) if ct == mr == "whole"]
+    assert facts["start mm"] == pytest.approx(case.start_mm, abs=0.005) and facts["landmarks"] == len(case.landmarks.names)
+    titles = [ax.get_title() for ax in draw_case(case).axes]
+    assert titles == [f"{name}, {plane}" for name in ("CT", "T1") for plane in ("sagittal", "coronal", "axial")]
 
 
 @pytest.mark.parametrize("case", ["test/easy_0", "test/clinical_0", "val/easy_5", "train/easy_6", "train/easy_7", "train/clinical_6"])

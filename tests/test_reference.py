@@ -7,19 +7,11 @@ from benchmarks import reference
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from spinereg.losses.penalties import (
-    Bone,
-    bone_jacobian,
-    bone_voxels,
-    diffusion,
-    orthonormality,
-    properness,
-    rigid_dice,
-    rigid_field,
-    rigid_motions,
-)
-from spinereg.losses.similarity import mind_loss
-from spinereg.registration.networks import UNet, move, predict
+from spinereg.losses.bone import Bone, bone_jacobian, bone_voxels, rigid_motions
+from spinereg.losses.objective import apply_velocity, batch_on_grid
+from spinereg.losses.penalties import diffusion, oc, pc, rd, rf
+from spinereg.losses.similarity import MIND
+from spinereg.registration.networks import UNet, predict
 from spinereg.space.geometry import Grid
 from spinereg.space.rigid import RigidMotions
 
@@ -67,7 +59,7 @@ def test_mind_is_the_published_one_away_from_the_border():
     mask = torch.zeros(1, 1, *SHAPE)
     mask[inner] = 1
     theirs = (reference.mind_descriptor(fixed) - reference.mind_descriptor(moved))[inner].square().mean()
-    assert mind_loss(fixed, moved, mask).item() == pytest.approx(theirs.item(), rel=1e-5)
+    assert MIND()(fixed, moved, mask).item() == pytest.approx(theirs.item(), rel=1e-5)
 
 
 def test_diffusion_is_half_the_published_one():
@@ -85,16 +77,16 @@ def test_conditions_are_the_published_ones_inside_bone():
     inner = torch.zeros_like(one_hot(labels)[0], dtype=torch.bool)
     inner[bone.vertebra, *bone.voxel[:, 1:].T] = True
     ours, theirs = bone_jacobian(disp, GRID, bone), reference.jacobian(disp)
-    assert orthonormality(ours, bone).item() == pytest.approx(reference.orthonormality(theirs, inner).item(), rel=1e-5)
-    assert properness(ours, bone).item() == pytest.approx(reference.properness(theirs, inner).item(), rel=1e-5)
+    assert oc(ours, bone).item() == pytest.approx(reference.orthonormality(theirs, inner).item(), rel=1e-5)
+    assert pc(ours, bone).item() == pytest.approx(reference.properness(theirs, inner).item(), rel=1e-5)
 
 
 def test_conditions_are_the_published_ones_for_a_linear_map():
     disp, labels = linear_field(np.eye(3) + 0.1 * random(3, 3).numpy()), two_bones()
     bone, every = bone_voxels(labels, 2), one_hot(labels)[0] > 0.5
     ours, theirs = bone_jacobian(disp, GRID, bone), reference.jacobian(disp)
-    assert orthonormality(ours, bone).item() == pytest.approx(reference.orthonormality(theirs, every).item(), rel=1e-5)
-    assert properness(ours, bone).item() == pytest.approx(reference.properness(theirs, every).item(), rel=1e-5)
+    assert oc(ours, bone).item() == pytest.approx(reference.orthonormality(theirs, every).item(), rel=1e-5)
+    assert pc(ours, bone).item() == pytest.approx(reference.properness(theirs, every).item(), rel=1e-5)
 
 
 def test_rigid_field_of_a_rigid_motion_plus_a_chequer():
@@ -103,7 +95,7 @@ def test_rigid_field_of_a_rigid_motion_plus_a_chequer():
     sign = 1 - 2 * (GRID.voxels(torch.zeros(1, dtype=torch.float64)).sum(-1) % 2)
     disp = turned() + 0.5 * sign * torch.tensor([0.6, 0, 0.8], dtype=torch.float64)[:, None, None, None]
     bone = bone_voxels(labels, 2)
-    assert rigid_field(disp, GRID, bone, rigid_motions(disp, GRID, bone)).item() == pytest.approx(0.5, rel=1e-5)
+    assert rf(disp, GRID, bone, rigid_motions(disp, GRID, bone)).item() == pytest.approx(0.5, rel=1e-5)
 
 
 def test_rigid_field_of_the_transcription_is_near_what_growth_costs():
@@ -127,7 +119,7 @@ def test_rigid_dice_of_a_mismatch_in_place_is_that_of_scipy(squared):
     disp = linear_field(np.eye(3), field)
     bone = bone_voxels(torch.as_tensor(np.where(p.max(0) > 0.5, p.argmax(0) + 1, 0))[None], 2)
     motions = RigidMotions(torch.eye(3).double().repeat(2, 1, 1), torch.as_tensor(motion).repeat(2, 1))
-    assert rigid_dice(disp, GRID, bone, motions, labels, GRID, squared=squared).item() == pytest.approx(truth, rel=1e-5)
+    assert rd(disp, GRID, bone, motions, labels, GRID, squared=squared).item() == pytest.approx(truth, rel=1e-5)
 
 
 def test_rigid_dice_of_the_transcription_finds_a_rigid_motion():
@@ -163,8 +155,7 @@ def test_defect_8_no_size_is_frozen_in_ours():
     assert all(name.endswith((".weight", ".bias")) for name in network.state_dict())
     for shape in ((16, 16, 16), (18, 21, 12)):
         grid, image = Grid(shape, np.eye(4)), torch.rand(1, 1, *shape)
-        velocity, onto = predict(network, image, image, grid)
-        moved = move(velocity, onto, grid, image, image, torch.ones(1, *shape, dtype=torch.long))
+        moved = apply_velocity(*predict(network, image, image, grid), batch_on_grid(image, image, torch.ones_like(image), None, (), grid))
         assert moved.disp.shape[2:] == shape
     with pytest.raises(RuntimeError):
         head(torch.zeros(1, 3, 9, 10, 6), image, image, image, image)

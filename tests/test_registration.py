@@ -22,9 +22,9 @@ from spinereg.files.pairs import read_pair
 from spinereg.files.problems import InputError
 from spinereg.files.transforms import read_transform
 from spinereg.measure.motion import label_centres_mm
-from spinereg.registration.optimise import Scene, make_level, overlap_mask, working_grid
 from spinereg.registration.prealign import rigid_start
-from spinereg.registration.register import apply, make_scene, memory_warning, register
+from spinereg.registration.register import apply, memory_warning, register
+from spinereg.registration.scene import Scene, make_batch, make_scene, overlap_mask, working_grid
 from spinereg.space.geometry import Grid, transform_points
 
 SAMPLES = Path(__file__).parent.parent / "data_samples"
@@ -200,7 +200,7 @@ def working_level(given):
     pair = read_pair(**given)
     scene = make_scene(pair, rigid_start(pair, "header").rigid, torch.device("cpu"))
     grid = working_grid(scene, 2.0)
-    return make_level(scene, grid, 2.0, 2), grid
+    return make_batch(scene, grid, 2.0, 2), grid
 
 
 @pytest.fixture(scope="module")
@@ -315,7 +315,7 @@ def test_A6_thin_stacks_of_thick_slices_keep_their_overlap():
         scene = Scene(torch.rand(1, 1, *fixed.shape), fixed, torch.rand(1, 1, *moving.shape), moving, np.eye(4), None)
         for spacing_mm in (4.0, 2.0, 1.0):
             for reach in (0, 2, 4):
-                mask = make_level(scene, working_grid(scene, 1.0), spacing_mm, reach).mask[0, 0].amax((1, 2))
+                mask = make_batch(scene, working_grid(scene, 1.0), spacing_mm, reach).mask[0, 0].amax((1, 2))
                 assert mask.sum() * spacing_mm >= 0.3 * slices * spacing
 
 
@@ -444,7 +444,7 @@ def test_d3_a_stop_ends_the_registration_with_a_result_that_says_so(tmp_path):
 def test_a_changed_weight_counts_from_the_next_step_and_is_recorded():
     def ease(step):
         if step.row["step"] == 4 and step.row["level_mm"] == 6.0:
-            step.weights["diffusion"] = 0.1
+            step.weights.diffusion = 0.1
 
     whole, eased = (register(**files("easy_0"), on_step=watch, **QUICK) for watch in (None, ease))
     assert eased.metrics.as_dict()["run"]["weights_changed"] == [{"step": 5, "term": "diffusion", "before": 3.0, "after": 0.1}]
@@ -465,7 +465,7 @@ def test_d5_a_registration_that_fails_lets_go_of_its_memory():
     held = []
 
     def fails(step):
-        held.append(weakref.ref(step.look.args[0].moving))
+        held.append(weakref.ref(step.look.args[1].moving))
         raise RuntimeError("out of memory")
 
     with pytest.raises(RuntimeError, match="out of memory") as caught:

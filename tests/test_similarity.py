@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from spinereg.losses.similarity import box_mean, erode_mask, lncc_loss, masked_mean, mi_loss, mind_loss, mind_ssc
+from spinereg.losses.similarity import LNCC, MI, MIND, box_mean, erode_mask, masked_mean, mind_ssc
 
-LOSSES = [mind_loss, lncc_loss, mi_loss]
+LOSSES = [MIND(), LNCC(radius=3), MI()]
 
 
 def texture(seed, shape=(12, 14, 13), batch=1, dtype=torch.float32):
@@ -99,7 +99,7 @@ def test_mind_is_the_published_descriptor_where_that_is_sound():
 def test_mind_and_lncc_ignore_a_linear_change_of_grey_values(scale, sign, offset):
     a, b = texture(1, dtype=torch.float64), texture(2, dtype=torch.float64) + texture(1, dtype=torch.float64)
     changed = sign * scale * b + offset * scale
-    for loss in (mind_loss, lncc_loss):
+    for loss in (MIND(), LNCC(radius=3)):
         assert torch.allclose(loss(a, changed), loss(a, b), atol=1e-5)
 
 
@@ -108,9 +108,9 @@ def test_mutual_information_ignores_which_grey_value_means_what():
     shuffled = torch.tensor([2.0, 0, 3, 1], dtype=torch.float64)[levels.long()]
     share = torch.bincount(levels.long().flatten()) / levels.numel()
     entropy = -(share * share.log()).sum()
-    assert abs(mi_loss(levels, shuffled, bins=62).item() + entropy) < 0.02
+    assert abs(MI(bins=62)(levels, shuffled).item() + entropy) < 0.02
     other = texture(1, (14, 14, 14), dtype=torch.float64)
-    assert torch.allclose(mi_loss(levels, other), mi_loss(other, levels))
+    assert torch.allclose(MI()(levels, other), MI()(other, levels))
 
 
 def test_mutual_information_against_a_dense_histogram():
@@ -125,7 +125,7 @@ def test_mutual_information_against_a_dense_histogram():
     joint /= joint.sum()
     with np.errstate(divide="ignore", invalid="ignore"):
         truth = np.nansum(joint * np.log(joint / (joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True))))
-    assert np.isclose(-mi_loss(a, b, mask, bins=16).item(), truth, atol=1e-6)
+    assert np.isclose(-MI(bins=16)(a, b, mask).item(), truth, atol=1e-6)
 
 
 def test_lncc_against_the_correlation_of_every_window():
@@ -134,7 +134,7 @@ def test_lncc_against_the_correlation_of_every_window():
     inner[..., 2:-2, 2:-2, 2:-2] = 1
     windows = [np.lib.stride_tricks.sliding_window_view(x[0, 0].numpy(), (5, 5, 5)).reshape(-1, 125) for x in (a, b)]
     truth = np.mean([np.corrcoef(u, v)[0, 1] ** 2 for u, v in zip(*windows)])
-    assert np.isclose(1 - lncc_loss(a, b, inner, radius=2).item(), truth, rtol=1e-2)
+    assert np.isclose(1 - LNCC(radius=2)(a, b, inner).item(), truth, rtol=1e-2)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -152,7 +152,7 @@ def test_batch_of_two_is_two_batches_of_one(loss):
         assert torch.allclose(grad[n : n + 1], own, rtol=1e-3, atol=1e-4 * own.abs().max().item())
 
 
-@pytest.mark.parametrize("loss", [lambda a, b, m: mind_loss(a, b, m, radius=1, dilation=1), lambda a, b, m: lncc_loss(a, b, m, radius=1)])
+@pytest.mark.parametrize("loss", [MIND(radius=1, dilation=1), LNCC(radius=1)])
 def test_gradient_against_finite_differences(loss):
     shape = (4, 3, 4)
     mask = torch.ones(2, 1, *shape)
@@ -166,7 +166,7 @@ def test_gradient_of_mutual_information_against_finite_differences():
     ends = torch.linspace(-0.5, 1.5, 16, dtype=torch.float64).reshape(1, 1, 4, 4, 1)
     mask = torch.cat([torch.ones(1, 1, 4, 4, 3), torch.zeros(1, 1, 4, 4, 1)], -1)
     pair = [texture(n, (4, 4, 3), dtype=torch.float64).requires_grad_() for n in (1, 2)]
-    assert torch.autograd.gradcheck(lambda *pair: mi_loss(*(torch.cat([x, ends], -1) for x in pair), mask, bins=8), pair)
+    assert torch.autograd.gradcheck(lambda *pair: MI(bins=8)(*(torch.cat([x, ends], -1) for x in pair), mask), pair)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -180,13 +180,13 @@ def test_C2_full_precision_inside_autocast(loss):
             assert torch.allclose(value, exact, rtol=1e-2 if dtype != torch.bfloat16 else 5e-2)
 
 
-@pytest.mark.parametrize(("loss", "reach"), [(mind_loss, 4), (lncc_loss, 3)])
-def test_an_eroded_mask_sees_nothing_outside_the_overlap(loss, reach):
+@pytest.mark.parametrize("loss", [MIND(), LNCC(radius=3)])
+def test_an_eroded_mask_sees_nothing_outside_the_overlap(loss):
     overlap = torch.zeros(1, 1, 20, 18, 22)
     overlap[..., 3:, 2:17, 1:20] = 1
     first, second = texture(1, (20, 18, 22), dtype=torch.float64), texture(2, (20, 18, 22), dtype=torch.float64)
     other = torch.where(overlap > 0, second, texture(7, (20, 18, 22), dtype=torch.float64))
-    eroded = erode_mask(overlap, reach)
+    eroded = erode_mask(overlap, loss.reach)
     assert eroded.sum() > 0
     assert torch.allclose(loss(first, second, eroded), loss(first, other, eroded), atol=2e-4)
     assert not torch.allclose(loss(first, second, overlap), loss(first, other, overlap), atol=2e-4)
@@ -220,7 +220,7 @@ def test_mind_in_slabs_is_mind_in_one_piece():
     first, second = texture(1, (50, 90, 80)), texture(2, (50, 90, 80))
     mask = (texture(3, (50, 90, 80)) > 0.5).requires_grad_(False)
     whole = masked_mean((mind_ssc(first) - mind_ssc(second)).square().mean(1, keepdim=True), mask)
-    assert torch.allclose(mind_loss(first, second, mask), whole, rtol=1e-5)
+    assert torch.allclose(MIND()(first, second, mask), whole, rtol=1e-5)
 
 
 @pytest.mark.parametrize("loss", LOSSES)

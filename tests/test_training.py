@@ -29,13 +29,14 @@ from spinereg.learning.fit import (
     learn,
     learns_nothing,
     load_checkpoint,
-    loss_terms,
     make_accelerator,
     move_batch,
     on_device,
     score,
     term_weights,
+    terms_of,
 )
+from spinereg.losses.objective import TERMS
 from spinereg.measure.metrics import mean_dice
 from spinereg.registration.networks import UNet, load_network
 from spinereg.registration.run import weights_changed
@@ -165,6 +166,7 @@ def learner():
 
 
 ALL = term_weights({"weight_diffusion": 0.02, "weight_oc": 0.005, "weight_pc": 0.01, "weight_rd": 0.1, "weight_rf": 0.01})
+ALL = {name: getattr(ALL, name) for name in TERMS}
 FIRST = {name: ALL[name] for name in ("similarity", "diffusion")}
 
 
@@ -175,7 +177,7 @@ def test_a_step_is_adam_on_the_weighted_sum_of_the_terms(learner, batch):
     optimiser = torch.optim.Adam(plain.parameters(), lr=1e-3)
     tensors = on_device(batch, torch.device("cpu"))
     grid = grid_of(tensors, 5.0)
-    terms = loss_terms(move_batch(plain, tensors, grid), tensors, grid, "mind")
+    terms = terms_of(*move_batch(plain, tensors, grid), "mind")
     sum(ALL[name] * value.mean() for name, value in terms.items()).backward()
     optimiser.step()
     row = learn(learner, [batch], ALL, "mind", 5.0)
@@ -387,23 +389,23 @@ def test_a_stop_before_the_first_validation_leaves_weights(quick, tmp_path):
 
 def test_a_changed_weight_counts_from_the_next_step_and_is_logged_with_it(four, quick, tmp_path, capsys):
     """The loss of every step is the sum of its terms with the weights of its row, and the rows say when they changed."""
-    change = at_step(6, lambda step: step.weights.update(orthonormality=7.0))
+    change = at_step(6, lambda step: setattr(step.weights, "oc", 7.0))
     steps = fit(out_dir=tmp_path, epochs_similarity=2, epochs_rigidity=2, on_step=change, **quick).steps
-    assert weights_changed(steps[steps.stage == "rigidity"]) == [{"step": 2, "term": "orthonormality", "before": 0.005, "after": 7.0}]
-    terms = ["similarity", "diffusion", "orthonormality", "properness", "rigid_dice", "rigid_field"]
+    assert weights_changed(steps[steps.stage == "rigidity"]) == [{"step": 2, "term": "oc", "before": 0.005, "after": 7.0}]
+    terms = [*TERMS]
     total = sum((steps[f"weight_{term}"] * steps[term]).fillna(0) for term in terms)
     np.testing.assert_allclose(total, steps.loss, rtol=1e-5)
     pd.testing.assert_frame_equal(steps.iloc[:6], four[1].steps.iloc[:6])
     assert steps.iloc[7].similarity != four[1].steps.iloc[7].similarity
     resumed = fit(out_dir=tmp_path, epochs_similarity=2, epochs_rigidity=3, resume=True, **quick).steps
-    assert "the weight of orthonormality 7, as it was changed on the way" in capsys.readouterr().out and resumed.iloc[-1].weight_orthonormality == 7.0
+    assert "the weight of oc 7, as it was changed on the way" in capsys.readouterr().out and resumed.iloc[-1].weight_oc == 7.0
     resumed = fit(out_dir=tmp_path, epochs_similarity=2, epochs_rigidity=4, resume=True, weight_oc=0.3, **quick).steps
-    assert resumed.iloc[-1].weight_orthonormality == 0.3, "a parameter that is given anew counts"
+    assert resumed.iloc[-1].weight_oc == 0.3, "a parameter that is given anew counts"
 
 
 def test_all_weights_may_be_zero_and_numbers_may_be_of_any_kind(quick, tmp_path):
     def change(step):
-        step.weights.update(similarity=np.float64(0.0), diffusion=np.float32(0.0))
+        step.weights.similarity, step.weights.diffusion = np.float64(0.0), np.float32(0.0)
         step.stop = step.row["step"] == 2
 
     steps = fit(out_dir=tmp_path, epochs_similarity=1, epochs_rigidity=0, on_step=change, **quick).steps
@@ -416,7 +418,7 @@ def test_a_stop_among_steps_that_are_skipped_keeps_the_last_good_checkpoint(quic
     good = state(tmp_path)
 
     def spoil(step):
-        step.weights["diffusion"] = float("nan")
+        step.weights.diffusion = float("nan")
         step.stop = step.row["step"] == 4
 
     fit(out_dir=tmp_path, epochs_similarity=2, epochs_rigidity=0, resume=True, on_step=spoil, **quick)

@@ -33,10 +33,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..files.transforms import FLIP, SpineTransform, itk_image
-from ..registration.optimise import Level, Scene, make_level
+from ..losses.objective import Batch
 from ..registration.register import Inputs, conclude, prepare
 from ..registration.results import Registration
 from ..registration.run import PROGRESS, in_range, whole
+from ..registration.scene import Scene, make_batch
 from ..space.fields import invert, warp_labels
 from ..space.geometry import Grid, crop_grid
 
@@ -101,7 +102,7 @@ def own_frame(
 
 def write_inputs(
     folder: Path,
-    level: Level,  # the images, on one grid
+    level: Batch,  # the images, on one grid
     bone: Float[Tensor, "i j k"] | None,  # 1 in the moving image's vertebrae; None for no penalty
     parameters: Mapping[str, list[str]],  # from `parameter_map`
 ) -> None:
@@ -198,7 +199,7 @@ class Found(NamedTuple):
     "What elastix found."
 
     disp: Float[Tensor, "1 3 i j k"]  # mm, along the axes of the level's grid
-    history: pd.DataFrame  # a row per step: level_mm, step, similarity, and with the penalty orthonormality and properness
+    history: pd.DataFrame  # a row per step: level_mm, step, similarity, and with the penalty oc and pc
 
 
 def read_history(
@@ -206,14 +207,14 @@ def read_history(
     spacing_mm: float,  # of the finest level
 ) -> pd.DataFrame:  # as in `Found`
     "The table of steps that elastix left."
-    names = {"1:ItNr": "step", "2:Metric0": "similarity", "Metric-OC": "orthonormality", "Metric-PC": "properness"}
+    names = {"1:ItNr": "step", "2:Metric0": "similarity", "Metric-OC": "oc", "Metric-PC": "pc"}
     tables = [pd.read_csv(folder / f"IterationInfo.0.R{n}.txt", sep="\t").assign(level_mm=2 ** (2 - n) * spacing_mm) for n in range(3)]
     history = pd.concat(tables, ignore_index=True).rename(columns=names)
     return history[["level_mm", *(name for name in names.values() if name in history)]]
 
 
 def solve(
-    level: Level,  # the images, on one grid
+    level: Batch,  # the images, on one grid
     bone: Float[Tensor, "i j k"] | None,  # 1 in the moving image's vertebrae, on the same grid; None for no penalty
     parameters: Mapping[str, list[str]],  # from `parameter_map`
     timeout_s: float = 3600.0,
@@ -312,7 +313,7 @@ def register_elastix(
     scene, grid = prepared.scene, prepared.grid
     bone = bone_mask(scene, grid) if weight_rigidity > 0 else None
     settings = parameter_map(grid_spacing_mm, iterations, samples, weight_similarity, 0.0 if bone is None else weight_rigidity, seed)
-    found = solve(make_level(scene, grid, spacing_mm, reach=0), bone, settings, timeout_s)
+    found = solve(make_batch(scene, grid, spacing_mm), bone, settings, timeout_s)
     disp, wide = fade_out(found.disp, grid)
     transform = SpineTransform(wide, disp, invert(disp, wide), prepared.start.rigid)
     prepared.clock.lap("elastix")

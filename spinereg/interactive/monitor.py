@@ -11,7 +11,7 @@ __all__ = ['POINTS', 'FOUND', 'TERMS', 'CURVES', 'thin', 'Curves', 'make_curves'
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from typing import NamedTuple
 
@@ -117,7 +117,7 @@ def turn_curves(
     return before != (ax.get_xlim(), ax.get_ylim())
 
 # %% ../../nbs/73_interactive.monitor.ipynb #ba5e6052
-TERMS = ("diffusion", "orthonormality", "properness", "rigid_dice", "rigid_field")
+TERMS = ("diffusion", "oc", "pc", "rd", "rf")
 CURVES = (  # columns of the steps' rows, title, logarithmic
     (("loss", "similarity"), "loss and similarity", False),
     (TERMS, "other terms", True),
@@ -292,9 +292,10 @@ class Wishes:
         while self.pause and not self.stop:
             time.sleep(0.05)
         asked = {name: self.weights.pop(name) for name in list(self.weights)}
-        changed = {name: weight for name, weight in asked.items() if weight != step.weights.get(name, weight)}
-        said = [f"{name} {step.weights[name]:g} to {weight:g}" for name, weight in changed.items()]
-        step.weights.update(changed)
+        changed = {name: weight for name, weight in asked.items() if weight != getattr(step.weights, name)}
+        said = [f"{name} {getattr(step.weights, name):g} to {weight:g}" for name, weight in changed.items()]
+        for name, weight in changed.items():
+            setattr(step.weights, name, weight)
         step.stop = step.stop or self.stop
         return said
 
@@ -319,7 +320,7 @@ class Buttons:
             self.case = widgets.Dropdown(options=names, value=case, description="look at")
             self.case.observe(lambda change: choose(change["new"]), "value")
             self.top.children = [self.stop, self.pause, self.case, self.state]
-        for name, weight in step.weights.items():
+        for name, weight in asdict(step.weights).items():
             middle = math.log10(weight) if weight else -3  # the first value lies on a step, so that the browser does not round it
             first = weight or 10.0 ** (middle - 2)
             style = {"style": {"description_width": "110px"}, "layout": {"width": "340px"}, "readout_format": ".2g"}

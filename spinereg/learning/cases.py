@@ -27,10 +27,10 @@ from ..files.labels import VERTEBRAE
 from ..files.pairs import Pair
 from ..files.problems import InputError, Notice, Problem, write_atomic
 from ..files.volumes import Labels
-from ..registration.optimise import make_level
 from ..registration.prealign import numbering_shift
 from ..registration.register import Inputs, Prepared, prepare
 from ..registration.run import PROGRESS
+from ..registration.scene import make_batch
 from ..space.fields import warp_labels
 from ..space.geometry import Grid
 
@@ -186,7 +186,7 @@ def on_grid(
 ) -> dict:  # fixed, moving: float32 (1, i, j, k); labels, fixed_labels, mask: uint8 likewise; left_out: name -> why
     "Images, overlap and usable labels of a pair on its working grid."
     pair, scene, grid = prepared.pair, prepared.scene, prepared.grid
-    level = make_level(scene, grid, float(grid.spacing_mm[0]), REACH)
+    level = make_batch(scene, grid, reach=REACH)
     maps = {"labels": number_on(pair.moving_labels, grid, scene.rigid), "fixed_labels": number_on(pair.fixed_labels, grid)}
     why = left_out(pair, grid, maps["labels"], minimum_mm3)
     unused = torch.tensor([VERTEBRAE.index(name) + 1 for name in why], dtype=torch.uint8)

@@ -16,8 +16,7 @@ from jaxtyping import Bool, Float, Int
 from scipy import ndimage
 from torch import Tensor
 
-from ..losses.penalties import determinant
-from ..space.fields import compose
+from ..space.fields import compose, determinant
 from ..space.geometry import Grid
 
 # %% ../../nbs/31_measure.metrics.ipynb #b81e9587

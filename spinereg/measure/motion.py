@@ -19,7 +19,8 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 from torch import Tensor
 
-from ..losses.penalties import bone_jacobian, bone_voxels, determinant, rigid_motions, rigid_residual_mm
+from ..losses.bone import bone_jacobian, bone_voxels, rigid_motions, rigid_residual_mm
+from ..space.fields import determinant
 from ..space.geometry import Grid, index_map
 from ..space.rigid import RigidMotions, motion_matrix, rotation_angle_deg
 

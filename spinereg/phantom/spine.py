@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['DRAWN', 'TYPICAL', 'Sizes', 'typical_sizes', 'smooth_union', 'smooth_common', 'ellipse_distance', 'rod_distance',
-           'body_distance', 'Facet', 'Vertebra', 'stoutness_mm', 'anchors', 'vertebra_distance', 'rotation_about',
-           'pose_above', 'facet_above', 'personal_sizes', 'build_spine', 'to_local', 'bone_distances']
+           'body_distance', 'rotation_about', 'pose_above', 'Facet', 'facet_above', 'move_facet', 'Vertebra',
+           'stoutness_mm', 'anchors', 'process_distances', 'vertebra_distance', 'personal_sizes', 'stack_poses',
+           'build_spine', 'to_local', 'bone_distances']
 
 # %% ../../nbs/80_phantom.spine.ipynb #5d5d6c95
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ class Sizes(NamedTuple):
     pitch_deg: float  # how far they look up
     lordosis_deg: float  # how far the vertebra above leans back
 
-# %% ../../nbs/80_phantom.spine.ipynb #d62f20c3
+# %% ../../nbs/80_phantom.spine.ipynb #e026361d
 DRAWN = (*(f"C{i}" for i in range(3, 8)), *(f"T{i}" for i in range(1, 13)), *(f"L{i}" for i in range(1, 6)))
 TYPICAL = {
     "C3": Sizes(16.0, 15.5, 12.5, 5.5, 23.0, 15.5, 5.5, 7.0, 50, 32, 7, 0, 45, 3.0),
@@ -54,17 +55,17 @@ TYPICAL = {
     "L5": Sizes(48.0, 35.0, 26.0, 11.5, 27.0, 19.5, 14.0, 15.0, 80, 42, 8, 38, 0, 12.0),
 }
 
-# %% ../../nbs/80_phantom.spine.ipynb #9820d9a0
+
 def typical_sizes(
     name: str,  # a vertebra from C3 to L5
 ) -> Sizes:  # of an average adult
-    "Sizes of a vertebra, interpolated between the levels of the table."
+    "Sizes of a vertebra, interpolated between those of the table."
     if name not in DRAWN:
         raise ValueError(f"vertebra {name!r} cannot be drawn; expected one of {', '.join(DRAWN)}")
     at = [DRAWN.index(listed) for listed in TYPICAL]
     return Sizes(*(float(np.interp(DRAWN.index(name), at, column)) for column in zip(*TYPICAL.values())))
 
-# %% ../../nbs/80_phantom.spine.ipynb #af1ad864
+# %% ../../nbs/80_phantom.spine.ipynb #81f84472
 def smooth_union(
     a: Float[Tensor, " p"],  # signed distances, mm
     b: Float[Tensor, " p"],  # signed distances, mm
@@ -74,7 +75,7 @@ def smooth_union(
     seam = (1 - (a - b).abs() / fillet_mm).clamp(min=0)
     return torch.minimum(a, b) - fillet_mm / 4 * seam**2
 
-# %% ../../nbs/80_phantom.spine.ipynb #9a1bfa7b
+
 def smooth_common(
     a: Float[Tensor, " p"],  # signed distances, mm
     b: Float[Tensor, " p"],  # signed distances, mm
@@ -123,7 +124,28 @@ def body_distance(
     ends = (z**2 + 0.01).sqrt() - sizes.height / 2 * (1 + 0.03 * y / half) + 0.1 * sizes.height * middle
     return smooth_common(smooth_common(side, back, 0.25 * sizes.depth), ends, 0.16 * sizes.height)
 
-# %% ../../nbs/80_phantom.spine.ipynb #b5e5e2de
+# %% ../../nbs/80_phantom.spine.ipynb #09866d96
+def rotation_about(
+    rotation_deg: np.ndarray,  # (3,) axis times angle, about right, front and top
+    centre_mm: np.ndarray,  # (3,) stays where it is
+) -> np.ndarray:  # (4, 4)
+    "Rotation about an axis through a point."
+    matrix = np.eye(4)
+    matrix[:3, :3] = Rotation.from_rotvec(rotation_deg, degrees=True).as_matrix()
+    matrix[:3, 3] = centre_mm - matrix[:3, :3] @ centre_mm
+    return matrix
+
+# %% ../../nbs/80_phantom.spine.ipynb #4c51b312
+def pose_above(
+    lower: Sizes,
+    upper: Sizes,
+) -> np.ndarray:  # (4, 4) the upper vertebra's frame in the lower one's
+    "Where the next vertebra up stands."
+    up = np.eye(4)
+    up[2, 3] = (lower.height + upper.height) / 2 + lower.disc
+    return rotation_about(np.array([lower.lordosis_deg, 0, 0]), np.array([0, 0, (lower.height + lower.disc) / 2])) @ up
+
+# %% ../../nbs/80_phantom.spine.ipynb #bc3b273a
 @dataclass(frozen=True, eq=False)
 class Facet:
     "The right joint between two articular processes in the frame of one of the two vertebrae; the left one is its mirror image."
@@ -131,7 +153,26 @@ class Facet:
     centre: np.ndarray  # (3,) mm
     normal: np.ndarray  # (3,) unit vector out of the upper vertebra's process into the lower one's
 
-# %% ../../nbs/80_phantom.spine.ipynb #17ce0473
+
+def facet_above(
+    s: Sizes,
+) -> Facet:  # in the frame of the vertebra with these sizes
+    "The joint of a vertebra with the one above it."
+    turn, pitch = np.deg2rad([s.facet_deg, s.pitch_deg])
+    behind = s.depth / 2 + 0.78 * s.canal_depth
+    height = s.height / 2 + 0.35 * s.disc - 0.64 * behind * np.sin(np.deg2rad(s.lordosis_deg))
+    normal = np.array([np.sin(turn) * np.cos(pitch), np.cos(turn) * np.cos(pitch), -np.sin(pitch)])
+    return Facet(np.array([s.canal_width / 2 + 1.5, -behind, height]), normal)
+
+
+def move_facet(
+    matrix: np.ndarray,  # (4, 4) from the frame it is in to another
+    facet: Facet,
+) -> Facet:
+    "The same joint in the frame of another vertebra."
+    return Facet(matrix[:3, :3] @ facet.centre + matrix[:3, 3], matrix[:3, :3] @ facet.normal)
+
+# %% ../../nbs/80_phantom.spine.ipynb #d455ed5d
 @dataclass(frozen=True, eq=False)
 class Vertebra:
     "The shape of one vertebra, and where it stands."
@@ -144,7 +185,7 @@ class Vertebra:
     lean_mm: float  # how far the tip of the spinous process lies to the right
     gap_mm: float  # width of the facet joints
 
-# %% ../../nbs/80_phantom.spine.ipynb #7852ebf3
+
 def stoutness_mm(sizes: Sizes) -> float:  # half the thickness of an articular process, mm
     "How stout the posterior parts of a vertebra are."
     return 0.11 * (sizes.width * sizes.height) ** 0.5 + 1.8
@@ -169,22 +210,19 @@ def anchors(
         "spinous_tip": np.array([0, -half - s.spinous + 3, -s.drop]),
     }
 
-# %% ../../nbs/80_phantom.spine.ipynb #627f0635
-def vertebra_distance(
+# %% ../../nbs/80_phantom.spine.ipynb #db0c463e
+def process_distances(
     vertebra: Vertebra,
-    points: Float[Tensor, "3 p"],  # own frame, mm
-) -> Float[Tensor, " p"]:  # mm, negative in bone
-    "Signed distance to a vertebra."
+    right: Float[Tensor, "3 p"],  # own frame, mm, in the right half
+) -> list[Tensor]:  # of (p,) mm: pedicle, superior, inferior, two pieces of the lamina, transverse, spinous
+    "Signed distances to the parts behind the body."
     s, t, h = vertebra.sizes, stoutness_mm(vertebra.sizes), vertebra.sizes.height
     at = {part: position.tolist() for part, position in anchors(vertebra).items()}
-    x, y, z = points
-    x = x - vertebra.lean_mm * ((-y - s.depth / 2) / s.spinous).clamp(0, 1) ** 2
-    right = torch.stack([(x**2 + 0.5).sqrt(), y, z])
     above, below = (right.new_tensor(f.normal) @ right - f.normal @ f.centre for f in (vertebra.above, vertebra.below))
     pedicle = [s.pedicle_width / 2, s.pedicle_width / 2, s.pedicle_height / 2]
     superior = rod_distance(right, at["pedicle_back"], at["superior_tip"], [t, t, t], [t, t, 0.45 * t])
     inferior = rod_distance(right, at["lamina_side"], at["inferior_tip"], [t, 0.8 * t, t], [t, t, 0.45 * t])
-    parts = [
+    return [
         rod_distance(right, at["pedicle_front"], at["pedicle_back"], pedicle, pedicle),
         smooth_common(superior, vertebra.gap_mm / 2 - above, 1.0),
         smooth_common(inferior, vertebra.gap_mm / 2 + below, 1.0),
@@ -193,42 +231,19 @@ def vertebra_distance(
         rod_distance(right, at["transverse_root"], at["transverse_tip"], [t, 0.8 * t, 0.22 * h], [2.5, 0.6 * t, 0.15 * h]),
         rod_distance(right, at["lamina_middle"], at["spinous_tip"], [0.55 * t, t, 0.33 * h], [0.75 * t, 3.0, 0.36 * h]),
     ]
+
+# %% ../../nbs/80_phantom.spine.ipynb #96363d8d
+def vertebra_distance(
+    vertebra: Vertebra,
+    points: Float[Tensor, "3 p"],  # own frame, mm
+) -> Float[Tensor, " p"]:  # mm, negative in bone
+    "Signed distance to a vertebra."
+    s, (x, y, z) = vertebra.sizes, points
+    x = x - vertebra.lean_mm * ((-y - s.depth / 2) / s.spinous).clamp(0, 1) ** 2
     bone = body_distance(torch.stack([x, y, z]), s)
-    for part in parts:
-        bone = smooth_union(bone, part, 0.12 * h)
+    for part in process_distances(vertebra, torch.stack([(x**2 + 0.5).sqrt(), y, z])):
+        bone = smooth_union(bone, part, 0.12 * s.height)
     return bone
-
-# %% ../../nbs/80_phantom.spine.ipynb #09866d96
-def rotation_about(
-    rotation_deg: np.ndarray,  # (3,) axis times angle, about right, front and top
-    centre_mm: np.ndarray,  # (3,) stays where it is
-) -> np.ndarray:  # (4, 4)
-    "Rotation about an axis through a point."
-    matrix = np.eye(4)
-    matrix[:3, :3] = Rotation.from_rotvec(rotation_deg, degrees=True).as_matrix()
-    matrix[:3, 3] = centre_mm - matrix[:3, :3] @ centre_mm
-    return matrix
-
-# %% ../../nbs/80_phantom.spine.ipynb #4c51b312
-def pose_above(
-    lower: Sizes,
-    upper: Sizes,
-) -> np.ndarray:  # (4, 4) the upper vertebra's frame in the lower one's
-    "Where the next vertebra up stands."
-    up = np.eye(4)
-    up[2, 3] = (lower.height + upper.height) / 2 + lower.disc
-    return rotation_about(np.array([lower.lordosis_deg, 0, 0]), np.array([0, 0, (lower.height + lower.disc) / 2])) @ up
-
-# %% ../../nbs/80_phantom.spine.ipynb #d3103c65
-def facet_above(
-    s: Sizes,
-) -> Facet:  # in the frame of the vertebra with these sizes
-    "The joint of a vertebra with the one above it."
-    turn, pitch = np.deg2rad([s.facet_deg, s.pitch_deg])
-    behind = s.depth / 2 + 0.78 * s.canal_depth
-    height = s.height / 2 + 0.35 * s.disc - 0.64 * behind * np.sin(np.deg2rad(s.lordosis_deg))
-    normal = np.array([np.sin(turn) * np.cos(pitch), np.cos(turn) * np.cos(pitch), -np.sin(pitch)])
-    return Facet(np.array([s.canal_width / 2 + 1.5, -behind, height]), normal)
 
 # %% ../../nbs/80_phantom.spine.ipynb #6485936a
 def personal_sizes(
@@ -246,7 +261,22 @@ def personal_sizes(
         sizes.append(Sizes(*s.tolist())._replace(span=min(float(s[8]), span_mm)))
     return sizes
 
-# %% ../../nbs/80_phantom.spine.ipynb #2c727abf
+# %% ../../nbs/80_phantom.spine.ipynb #f9d49a16
+def stack_poses(
+    sizes: list[Sizes],  # from the top down
+    centre_mm: np.ndarray | tuple[float, float, float],  # where the vertebra in the middle stands, upright; world
+) -> list[np.ndarray]:  # (4, 4) own frames to the world, from the top down
+    "Stack vertebrae on each other."
+    middle, steps = len(sizes) // 2, [pose_above(lower, upper) for upper, lower in zip(sizes, sizes[1:])]
+    poses = [np.eye(4) for _ in sizes]
+    poses[middle][:3, 3] = centre_mm
+    for i in reversed(range(middle)):
+        poses[i] = poses[i + 1] @ steps[i]
+    for i in range(middle + 1, len(sizes)):
+        poses[i] = poses[i - 1] @ np.linalg.inv(steps[i - 1])
+    return poses
+
+
 def build_spine(
     first: str,  # the highest vertebra
     last: str,  # the lowest
@@ -260,20 +290,13 @@ def build_spine(
     rng = np.random.default_rng([seed, 1])
     names = DRAWN[DRAWN.index(first) : DRAWN.index(last) + 1]
     sizes = personal_sizes(names, rng, scale, span_mm)
-    steps = [pose_above(lower, upper) for upper, lower in zip(sizes, sizes[1:])]
-    poses = {len(names) // 2: np.eye(4)}
-    poses[len(names) // 2][:3, 3] = centre_mm
-    for i in reversed(range(len(names) // 2)):
-        poses[i] = poses[i + 1] @ steps[i]
-    for i in range(len(names) // 2 + 1, len(names)):
-        poses[i] = poses[i - 1] @ np.linalg.inv(steps[i - 1])
     above = [facet_above(s) for s in sizes]
-    down = [np.linalg.inv(step) for step in (*steps, pose_above(sizes[-1], sizes[-1]))]
-    below = [Facet(m[:3, :3] @ f.centre + m[:3, 3], m[:3, :3] @ f.normal) for m, f in zip(down, (*above[1:], above[-1]))]
-    leans = rng.normal(0, 1, len(names))
+    down = [np.linalg.inv(pose_above(lower, upper)) for upper, lower in zip(sizes, (*sizes[1:], sizes[-1]))]
+    below = [move_facet(matrix, facet) for matrix, facet in zip(down, (*above[1:], above[-1]))]
+    leans, poses = rng.normal(0, 1, len(names)), stack_poses(sizes, centre_mm)
     return tuple(Vertebra(name, sizes[i], poses[i], above[i], below[i], float(leans[i]), gap_mm) for i, name in enumerate(names))
 
-# %% ../../nbs/80_phantom.spine.ipynb #e28b8db1
+# %% ../../nbs/80_phantom.spine.ipynb #aefef5ec
 def to_local(
     pose: np.ndarray,  # (4, 4) own frame to world
     points: Float[Tensor, "p 3"],  # world mm
@@ -282,7 +305,7 @@ def to_local(
     inverse = torch.as_tensor(np.linalg.inv(pose)).to(points)
     return inverse[:3, :3] @ points.T + inverse[:3, 3:]
 
-# %% ../../nbs/80_phantom.spine.ipynb #87aa51d6
+
 def bone_distances(
     vertebrae: tuple[Vertebra, ...],
     poses: np.ndarray,  # (n, 4, 4) where the vertebrae are

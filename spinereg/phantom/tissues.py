@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TISSUES', 'Signal', 'random_waves', 'texture', 'Anatomy', 'Course', 'canal_course', 'along_course', 'build_anatomy',
-           'Paint', 'column', 'paint_front', 'paint_muscles', 'paint_canal', 'paint_disc', 'paint_bone',
-           'tissue_shares', 'signal', 'render', 'ct_scan', 'mr_scan', 'streaks']
+           'Mixture', 'column', 'add_front', 'add_muscles', 'add_disc', 'add_canal', 'nearest_bones', 'add_bone',
+           'tissue_fractions', 'signal', 'render', 'ct_scan', 'mr_scan', 'streaks']
 
-# %% ../../nbs/82_phantom.tissues.ipynb #60940812
+# %% ../../nbs/82_phantom.tissues.ipynb #b7656bbc
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,11 +18,11 @@ from scipy.interpolate import PchipInterpolator
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
+from .posture import Truth
 from .spine import DRAWN, Vertebra, ellipse_distance, rod_distance, rotation_about, smooth_common, to_local, vertebra_distance
-from .truth import Truth
 from ..space.geometry import Grid
 
-# %% ../../nbs/82_phantom.tissues.ipynb #7e7d16d1
+# %% ../../nbs/82_phantom.tissues.ipynb #8d0ac6bc
 class Signal(NamedTuple):
     "What a tissue looks like."
 
@@ -30,7 +30,7 @@ class Signal(NamedTuple):
     t1: float  # T1-weighted MR, fat = 1
     t2: float  # T2-weighted MR, fluid = 1
     ct_texture: float  # standard deviation within the tissue, HU
-    mr_texture: float  # standard deviation within the tissue, share of the signal
+    mr_texture: float  # standard deviation within the tissue, fraction of the signal
 
 
 TISSUES = {
@@ -50,7 +50,7 @@ TISSUES = {
     "vein": Signal(110, 0.45, 0.68, 10, 0.05),
 }
 
-# %% ../../nbs/82_phantom.tissues.ipynb #d6acc2be
+# %% ../../nbs/82_phantom.tissues.ipynb #9a27cca3
 def random_waves(
     rng: np.random.Generator,
     grain_mm: tuple[float, float, float],  # along right, front, top
@@ -59,7 +59,7 @@ def random_waves(
     "Plane waves whose sum is a random texture."
     return np.c_[rng.normal(0, 1, (count, 3)) / np.array(grain_mm), rng.uniform(0, 2 * np.pi, count)]
 
-# %% ../../nbs/82_phantom.tissues.ipynb #358db3bc
+
 def texture(
     waves: np.ndarray,  # (m, 4)
     points: Float[Tensor, "p 3"],  # mm
@@ -91,23 +91,23 @@ class Course(NamedTuple):
     cord: Float[Tensor, " p"]  # 1 above the end of the cord, 0 below
     psoas: Float[Tensor, " p"]  # 0 to 1
 
-# %% ../../nbs/82_phantom.tissues.ipynb #919f0050
+# %% ../../nbs/82_phantom.tissues.ipynb #22b61603
 def canal_course(
     vertebrae: tuple[Vertebra, ...],
 ) -> np.ndarray:  # (z, 9)
     "Tabulate the canal and its surroundings from the lowest vertebra to the highest."
     rows = []
     for v in vertebrae[::-1]:
-        s, half, level = v.sizes, v.sizes.depth / 2, DRAWN.index(v.name)
+        s, half, number = v.sizes, v.sizes.depth / 2, DRAWN.index(v.name)
         local = np.array([[0, -half - s.canal_depth / 2, 0], [0, half, 0], [0, -half - s.spinous, -s.drop]])
         canal, front, tip = local @ v.pose[:3, :3].T + v.pose[:3, 3]
-        psoas = np.clip((level - DRAWN.index("T12")) / 4, 0, 1)
-        rows.append([canal[2], canal[0], canal[1], s.canal_width / 2, s.canal_depth / 2, front[1], tip[1], level <= DRAWN.index("L1"), psoas])
+        psoas = np.clip((number - DRAWN.index("T12")) / 4, 0, 1)
+        rows.append([canal[2], canal[0], canal[1], s.canal_width / 2, s.canal_depth / 2, front[1], tip[1], number <= DRAWN.index("L1"), psoas])
     rows = np.array(rows)
     z = np.arange(rows[0, 0], rows[-1, 0], 1.0)
     return np.c_[z, PchipInterpolator(rows[:, 0], rows[:, 1:])(z)]
 
-# %% ../../nbs/82_phantom.tissues.ipynb #cb2b863d
+# %% ../../nbs/82_phantom.tissues.ipynb #ed95902f
 def along_course(
     anatomy: Anatomy,
     points: Float[Tensor, "p 3"],  # moving world mm
@@ -116,17 +116,17 @@ def along_course(
     table = torch.as_tensor(anatomy.course_mm).to(points)
     row = (points[:, 2] - table[0, 0]).clamp(0, len(table) - 1.001)
     below = row.long()
-    share = (row - below)[:, None]
-    x, y, half_width, half_depth, front, tip, cord, psoas = (table[below, 1:] * (1 - share) + table[below + 1, 1:] * share).T
+    part = (row - below)[:, None]
+    x, y, half_width, half_depth, front, tip, cord, psoas = (table[below, 1:] * (1 - part) + table[below + 1, 1:] * part).T
     return Course(points[:, 0] - x, points[:, 1] - y, half_width, half_depth, front - y, tip - y, cord, psoas)
 
-# %% ../../nbs/82_phantom.tissues.ipynb #8e4c7d51
+# %% ../../nbs/82_phantom.tissues.ipynb #015a958e
 def build_anatomy(
     vertebrae: tuple[Vertebra, ...],  # from the top down
     seed: int = 0,
     contrast: float = 1.0,  # 1: healthy; less: thin cortex, dry discs, tissues that look alike
 ) -> Anatomy:
-    "Put flesh on a spine."
+    "The person around a spine."
     rng = np.random.default_rng([seed, 2])
     tissues, muscle = dict(TISSUES), TISSUES["muscle"]
     tissues["nucleus"] = tissues["nucleus"]._replace(t2=contrast * rng.uniform(0.35, 0.75))
@@ -138,19 +138,19 @@ def build_anatomy(
     grains = {"ct": (1.2, 1.2, 1.6), "mr": (2.2, 2.2, 3.0), "streaks": (2.2, 2.2, 14.0), "roots": (0.8, 0.8, 20.0), "blobs": (9.0, 7.0, 12.0)}
     return Anatomy(vertebrae, tissues, canal_course(vertebrae), {name: random_waves(rng, grain) for name, grain in grains.items()})
 
-# %% ../../nbs/82_phantom.tissues.ipynb #ffaedb95
-class Paint:
-    "Shares of tissues at points, painted one over the other."
+# %% ../../nbs/82_phantom.tissues.ipynb #86704ce6
+class Mixture:
+    "Fractions of tissues at points, painted one over the other."
 
     def __init__(
         self,
         points: Float[Tensor, "p 3"],  # how many, what dtype and which device
     ):
         self.names = list(TISSUES)
-        self.shares = torch.zeros(len(self.names), len(points), dtype=points.dtype, device=points.device)
-        self.shares[self.names.index("fat")] = 1
+        self.fractions = torch.zeros(len(self.names), len(points), dtype=points.dtype, device=points.device)
+        self.fractions[self.names.index("fat")] = 1
 
-    def over(
+    def cover(
         self,
         tissue: str,
         distance: Float[Tensor, " q"],  # to the shape, mm, negative inside
@@ -158,10 +158,10 @@ class Paint:
         edge_mm: float = 1.0,
     ) -> None:
         "Paint a shape over what is there."
-        cover = (0.5 - distance / edge_mm).clamp(0, 1)
-        painted = self.shares[:, where] * (1 - cover)
-        painted[self.names.index(tissue)] += cover
-        self.shares[:, where] = painted
+        covered = (0.5 - distance / edge_mm).clamp(0, 1)
+        mixed = self.fractions[:, where] * (1 - covered)
+        mixed[self.names.index(tissue)] += covered
+        self.fractions[:, where] = mixed
 
 # %% ../../nbs/82_phantom.tissues.ipynb #f3d59c96
 def column(
@@ -174,59 +174,42 @@ def column(
     centre, radii = (torch.stack([value * torch.ones_like(course.y) for value in pair]) for pair in (centre, radii))
     return ellipse_distance(torch.stack([side, course.y]) - centre, radii)
 
-# %% ../../nbs/82_phantom.tissues.ipynb #69ff2ddd
-def paint_front(
+# %% ../../nbs/82_phantom.tissues.ipynb #679b77c0
+def add_front(
     anatomy: Anatomy,
     points: Float[Tensor, "p 3"],  # moving world mm
     course: Course,
-    paint: Paint,
+    mixture: Mixture,
 ) -> None:
     "Organs, aorta and vena cava in front of the spine."
     blobs, size = texture(anatomy.waves["blobs"], points), course.half_width / 12
-    paint.over("organ", torch.maximum(course.front + 22 * size + 5 * blobs - course.y, 6 * (0.9 - (blobs + 1.2).abs())), edge_mm=2.0)
-    paint.over("vessel", column(course, course.x, (-10 * size, course.front + 13 * size), (8.5 * size, 8.5 * size)))
-    paint.over("vessel", column(course, course.x, (13 * size, course.front + 12 * size), (10 * size, 7 * size)))
+    mixture.cover("organ", torch.maximum(course.front + 22 * size + 5 * blobs - course.y, 6 * (0.9 - (blobs + 1.2).abs())), edge_mm=2.0)
+    mixture.cover("vessel", column(course, course.x, (-10 * size, course.front + 13 * size), (8.5 * size, 8.5 * size)))
+    mixture.cover("vessel", column(course, course.x, (13 * size, course.front + 12 * size), (10 * size, 7 * size)))
 
-# %% ../../nbs/82_phantom.tissues.ipynb #18405813
-def paint_muscles(
+# %% ../../nbs/82_phantom.tissues.ipynb #d38e0acc
+def add_muscles(
     anatomy: Anatomy,
     points: Float[Tensor, "p 3"],  # moving world mm
     course: Course,
-    paint: Paint,
+    mixture: Mixture,
 ) -> None:
     "Psoas, quadratus lumborum, erector spinae and multifidus, with streaks of fat between their fibres."
     size, side = course.half_width / 12, (course.x**2 + 0.5).sqrt()
     fat = 2.5 * (texture(anatomy.waves["streaks"], points) - 0.9).clamp(min=0)
     wavy = 0.9 * texture(anatomy.waves["blobs"], points) * size
     psoas = 3 + 15 * course.psoas
-    paint.over("muscle", column(course, side, ((18 + psoas) * size, 0.42 * course.front), (psoas * size, 1.15 * psoas * size)) + wavy + 0.5 * fat)
-    paint.over("muscle", column(course, side, (54 * size, 0.0), (14 * size, 8 * size)) + wavy + 0.5 * fat)
-    paint.over("muscle", column(course, side, (32 * size, -27 * size), (22 * size, 17 * size)) + wavy + fat)
-    paint.over("fat", (column(course, side, (12 * size, -25 * size), (12.5 * size, 17.5 * size)) + wavy).abs() - 0.7)
-    paint.over("muscle", column(course, side, (12 * size, -25 * size), (12 * size, 17 * size)) + wavy + 1.5 * fat)
+    mixture.cover("muscle", column(course, side, ((18 + psoas) * size, 0.42 * course.front), (psoas * size, 1.15 * psoas * size)) + wavy + 0.5 * fat)
+    mixture.cover("muscle", column(course, side, (54 * size, 0.0), (14 * size, 8 * size)) + wavy + 0.5 * fat)
+    mixture.cover("muscle", column(course, side, (32 * size, -27 * size), (22 * size, 17 * size)) + wavy + fat)
+    mixture.cover("fat", (column(course, side, (12 * size, -25 * size), (12.5 * size, 17.5 * size)) + wavy).abs() - 0.7)
+    mixture.cover("muscle", column(course, side, (12 * size, -25 * size), (12 * size, 17 * size)) + wavy + 1.5 * fat)
 
-# %% ../../nbs/82_phantom.tissues.ipynb #e051aeee
-def paint_canal(
-    anatomy: Anatomy,
-    points: Float[Tensor, "p 3"],  # moving world mm
-    course: Course,
-    paint: Paint,
-) -> None:
-    "Epidural fat, the dural sac with its fluid, the cord, and below it the roots of the cauda equina."
-    size, thick = course.half_width / 12, course.cord.clamp(min=0.1)
-    paint.over("fat", column(course, course.x, (0.0, -1.0), (course.half_width - 0.5, course.half_depth)))
-    sac = column(course, course.x, (0.0, 1.2), (course.half_width - 3.2 * size, course.half_depth - 2.0 * size))
-    paint.over("csf", sac)
-    paint.over("nerve", column(course, course.x, (0.0, 0.5), (5.0 * size * thick, 3.8 * size * thick)))
-    roots = texture(anatomy.waves["roots"], torch.stack([course.x, course.y, points[:, 2]], -1))
-    bundle = torch.maximum(column(course, course.x, (0.0, -2.5 * size), (8.0 * size, 3.5 * size)), sac + 0.8)
-    paint.over("nerve", torch.maximum(bundle, torch.maximum(1.2 * (0.6 - roots), 4 * (course.cord - 0.9))))
-
-# %% ../../nbs/82_phantom.tissues.ipynb #f5806510
-def paint_disc(
+# %% ../../nbs/82_phantom.tissues.ipynb #47837508
+def add_disc(
     lower: Vertebra,  # the one below the disc
     points: Float[Tensor, "p 3"],  # moving world mm
-    paint: Paint,
+    mixture: Mixture,
 ) -> None:
     "Annulus and nucleus of the disc above a vertebra."
     s = lower.sizes
@@ -235,18 +218,34 @@ def paint_disc(
     near = (offset[2].abs() < s.disc + 6) & (offset[0].abs() < s.width) & (offset[1].abs() < s.depth)
     offset = offset[:, near]
     annulus = ellipse_distance(offset[:2], points.new_tensor([[0.5 * s.width - 0.8], [0.5 * s.depth - 0.8]]))
-    paint.over("annulus", smooth_common(annulus, offset[2].abs() - s.disc / 2 - 2, 0.7 * s.disc), near)
+    mixture.cover("annulus", smooth_common(annulus, offset[2].abs() - s.disc / 2 - 2, 0.7 * s.disc), near)
     radii = points.new_tensor([[0.31 * s.width], [0.29 * s.depth], [0.5 * s.disc + 1.5]])
     nucleus = ellipse_distance(offset + points.new_tensor([[0], [0.05 * s.depth], [0]]), radii)
-    paint.over("nucleus", nucleus, near, edge_mm=3.0)
+    mixture.cover("nucleus", nucleus, near, edge_mm=3.0)
 
-# %% ../../nbs/82_phantom.tissues.ipynb #461ba5d5
-def paint_bone(
+# %% ../../nbs/82_phantom.tissues.ipynb #7476de70
+def add_canal(
+    anatomy: Anatomy,
+    points: Float[Tensor, "p 3"],  # moving world mm
+    course: Course,
+    mixture: Mixture,
+) -> None:
+    "Epidural fat, the dural sac with its fluid, the cord, and below it the roots of the cauda equina."
+    size, thick = course.half_width / 12, course.cord.clamp(min=0.1)
+    mixture.cover("fat", column(course, course.x, (0.0, -1.0), (course.half_width - 0.5, course.half_depth)))
+    sac = column(course, course.x, (0.0, 1.2), (course.half_width - 3.2 * size, course.half_depth - 2.0 * size))
+    mixture.cover("csf", sac)
+    mixture.cover("nerve", column(course, course.x, (0.0, 0.5), (5.0 * size * thick, 3.8 * size * thick)))
+    roots = texture(anatomy.waves["roots"], torch.stack([course.x, course.y, points[:, 2]], -1))
+    bundle = torch.maximum(column(course, course.x, (0.0, -2.5 * size), (8.0 * size, 3.5 * size)), sac + 0.8)
+    mixture.cover("nerve", torch.maximum(bundle, torch.maximum(1.2 * (0.6 - roots), 4 * (course.cord - 0.9))))
+
+# %% ../../nbs/82_phantom.tissues.ipynb #1971f40d
+def nearest_bones(
     vertebrae: tuple[Vertebra, ...],
     points: Float[Tensor, "p 3"],  # moving world mm
-    paint: Paint,
-) -> Int[Tensor, " p"]:  # number of the vertebra a point lies in, from 1, or 0
-    "Joint capsules, then bone: a cortical shell, marrow, and the vein that enters each body from behind."
+) -> tuple[Float[Tensor, " p"], Float[Tensor, " p"], Int[Tensor, " p"]]:  # distances to nearest and second, mm, at most 20; label
+    "How far the two nearest vertebrae are, and the number of the one a point lies in, from 1, or 0."
     nearest, second = (torch.full_like(points[:, 0], 20.0) for _ in range(2))
     label = torch.zeros(len(points), dtype=torch.int64, device=points.device)
     for number, v in enumerate(vertebrae, 1):
@@ -256,48 +255,58 @@ def paint_bone(
         label[near] = torch.where(distance < 0, number, label[near])
         second[near] = torch.maximum(nearest[near], torch.minimum(second[near], distance))
         nearest[near] = torch.minimum(nearest[near], distance)
-    paint.over("capsule", torch.maximum(nearest, second) - 2.5)
-    paint.over("cortical", nearest)
-    paint.over("marrow", nearest + 1.1)
+    return nearest, second, label
+
+# %% ../../nbs/82_phantom.tissues.ipynb #40e23a31
+def add_bone(
+    vertebrae: tuple[Vertebra, ...],
+    points: Float[Tensor, "p 3"],  # moving world mm
+    mixture: Mixture,
+) -> Int[Tensor, " p"]:  # number of the vertebra a point lies in, from 1, or 0
+    "Joint capsules, then bone: a cortical shell, marrow, and the vein of each body."
+    nearest, second, label = nearest_bones(vertebrae, points)
+    mixture.cover("capsule", torch.maximum(nearest, second) - 2.5)
+    mixture.cover("cortical", nearest)
+    mixture.cover("marrow", nearest + 1.1)
     for v in vertebrae:
         depth, local = v.sizes.depth, to_local(v.pose, points)
         near = (local[0].abs() < 5) & (local[1] > -depth / 2 - 1) & (local[1] < 0) & (local[2].abs() < 4)
         vein = rod_distance(local[:, near], [0.0, -depth / 2, 0.0], [0.0, -0.1 * depth, 0.0], [2.6, 1.0, 1.3], [0.4, 1.0, 0.3])
-        paint.over("vein", torch.maximum(vein, nearest[near]), near)
+        mixture.cover("vein", torch.maximum(vein, nearest[near]), near)
     return label
 
-# %% ../../nbs/82_phantom.tissues.ipynb #0c914d91
-def tissue_shares(
+# %% ../../nbs/82_phantom.tissues.ipynb #3145868b
+def tissue_fractions(
     anatomy: Anatomy,
     points: Float[Tensor, "p 3"],  # moving world mm
-) -> tuple[Float[Tensor, "m p"], Int[Tensor, " p"]]:  # share of every tissue; number of the vertebra, from 1, or 0
+) -> tuple[Float[Tensor, "m p"], Int[Tensor, " p"]]:  # fraction of every tissue; number of the vertebra, from 1, or 0
     "What is at each point, from deep fat to the air behind the skin."
-    paint, course = Paint(points), along_course(anatomy, points)
-    paint_front(anatomy, points, course, paint)
-    paint_muscles(anatomy, points, course, paint)
+    mixture, course = Mixture(points), along_course(anatomy, points)
+    add_front(anatomy, points, course, mixture)
+    add_muscles(anatomy, points, course, mixture)
     for v in anatomy.vertebrae[1:]:
-        paint_disc(v, points, paint)
-    paint_canal(anatomy, points, course, paint)
-    label = paint_bone(anatomy.vertebrae, points, paint)
+        add_disc(v, points, mixture)
+    add_canal(anatomy, points, course, mixture)
+    label = add_bone(anatomy.vertebrae, points, mixture)
     back = course.tip - 0.75 * course.half_width + 5 * torch.exp(-((course.x / 14) ** 2)) + course.x**2 / 500 - course.y
-    paint.over("skin", -2 - back)
-    paint.over("air", -back)
-    return paint.shares, label
+    mixture.cover("skin", -2 - back)
+    mixture.cover("air", -back)
+    return mixture.fractions, label
 
-# %% ../../nbs/82_phantom.tissues.ipynb #5c0b26d4
+# %% ../../nbs/82_phantom.tissues.ipynb #e1da02cb
 def signal(
     anatomy: Anatomy,
     points: Float[Tensor, "p 3"],  # moving world mm
-    shares: Float[Tensor, "m p"],
+    fractions: Float[Tensor, "m p"],  # of the tissues
     modality: str,  # "ct", "t1" or "t2"
 ) -> Float[Tensor, " p"]:  # HU, or MR signal with the brightest tissue near 1
     "What a perfect scanner would measure."
-    column, kind = ("hu", "ct") if modality == "ct" else (modality, "mr")
-    values, spread = (points.new_tensor([getattr(t, field) for t in anatomy.tissues.values()]) for field in (column, f"{kind}_texture"))
+    field, kind = ("hu", "ct") if modality == "ct" else (modality, "mr")
+    values, spread = (points.new_tensor([getattr(t, name) for t in anatomy.tissues.values()]) for name in (field, f"{kind}_texture"))
     spread = spread if modality == "ct" else spread * values
-    return values @ shares + spread @ shares * texture(anatomy.waves[kind], points)
+    return values @ fractions + spread @ fractions * texture(anatomy.waves[kind], points)
 
-# %% ../../nbs/82_phantom.tissues.ipynb #f6b433b1
+# %% ../../nbs/82_phantom.tissues.ipynb #f5104e31
 def render(
     anatomy: Anatomy,
     grid: Grid,
@@ -315,8 +324,8 @@ def render(
         for offset in offsets:
             points = (chunk + torch.as_tensor(offset)).to(dtype)
             points = points if truth is None else truth.map(points)
-            shares, label = tissue_shares(anatomy, points)
-            total = total + torch.stack([signal(anatomy, points, shares, m) for m in modalities]) / len(offsets)
+            fractions, label = tissue_fractions(anatomy, points)
+            total = total + torch.stack([signal(anatomy, points, fractions, m) for m in modalities]) / len(offsets)
             if not offset.any():
                 labels.append(label)
         images.append(total)

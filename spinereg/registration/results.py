@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['move_image', 'pose_table', 'vertebra_table', 'touches_border', 'rigidity_means', 'BoneFigures', 'measure_bones',
            'Compared', 'compare_labels', 'measure_labels', 'measure_landmarks', 'measure_likeness', 'measure_field',
-           'Measured', 'measure', 'Registration', 'write_figures', 'write_images', 'save']
+           'view_of', 'Measured', 'measure', 'Registration', 'write_figures', 'write_images', 'save']
 
 # %% ../../nbs/46_registration.results.ipynb #5e830d6b
 import json
@@ -25,8 +25,9 @@ from ..files.pairs import Pair
 from ..files.problems import write_together
 from ..files.transforms import FLIP, SpineTransform, itk_affine, write_itk, write_transform
 from ..files.volumes import Labels, renumber, write_labels
-from ..losses.penalties import bone_voxels, determinant, rigid_dice, rigid_motions
-from ..losses.similarity import lncc_loss
+from ..losses.bone import bone_voxels, rigid_motions
+from ..losses.penalties import rd
+from ..losses.similarity import LNCC
 from ..measure.metrics import MeanAgreement, diffeomorphism, label_agreement, landmark_errors, regularity, round_trip
 from spinereg.measure.motion import (
     Contact,
@@ -40,7 +41,7 @@ from spinereg.measure.motion import (
     world_motions,
 )
 from ..measure.pictures import Overview, Picture, draw_overview
-from .optimise import Scene, make_view, overlap_mask
+from ..measure.snapshot import make_view
 from .prealign import RigidStart
 from spinereg.registration.report import (
     FieldFigures,
@@ -54,7 +55,8 @@ from spinereg.registration.report import (
     summarise,
     vertebra_columns,
 )
-from ..space.fields import inside, jacobian, read_index, warp, warp_labels
+from .scene import Scene, make_batch, overlap_mask
+from ..space.fields import determinant, inside, jacobian, read_index, warp, warp_labels
 from ..space.geometry import Grid, sample_index, transform_points
 
 # %% ../../nbs/46_registration.results.ipynb #d7f9709d
@@ -156,7 +158,7 @@ def measure_bones(
     kept = renumber(moving.data, names, shown)
     contacts = bone_contacts(kept, moving.grid, np.array(list(motions.values())), shown)
     bone = bone_voxels(renumber(labels, names, shown)[None] * (fraction > 0.5), len(shown), minimum=0)
-    published = rigid_dice(disp, grid, bone, rigid_motions(disp, grid, bone), kept[None], moving.grid, scene.rigid)
+    published = rd(disp, grid, bone, rigid_motions(disp, grid, bone), kept[None], moving.grid, scene.rigid)
     return BoneFigures(vertebrae, motions, seen, tuple(contacts), rigidity_means(vertebrae, 1 - published.item()))
 
 # %% ../../nbs/46_registration.results.ipynb #26212d35
@@ -225,8 +227,8 @@ def measure_likeness(
     mask: Float[Tensor, "1 1 i j k"],  # where both images have data
 ) -> Likeness:
     "How alike the images are after pre-alignment and now."
-    images = (image[None, None] for image in (view.before, view.moved))
-    return Likeness(*(1 - lncc_loss(view.fixed[None, None], image, mask, radius=2).item() for image in images))
+    images, loss = (image[None, None] for image in (view.before, view.moved)), LNCC(radius=2)
+    return Likeness(*(1 - loss(view.fixed[None, None], image, mask).item() for image in images))
 
 # %% ../../nbs/46_registration.results.ipynb #617c6897
 def measure_field(
@@ -249,6 +251,16 @@ def measure_field(
     )
 
 # %% ../../nbs/46_registration.results.ipynb #3c00f469
+def view_of(
+    scene: Scene,
+    grid: Grid,  # working grid
+    disp: Float[Tensor, "1 3 i j k"],  # deformation on it
+) -> tuple[Overview, Float[Tensor, "i j k"] | None]:  # the pictures' data; fraction of the votes that won the moved labels
+    "Both images, the labels and the Jacobian on the working grid, read from the images' own voxels."
+    fixed, moving = warp(scene.fixed, scene.fixed_grid, grid), warp(scene.moving, scene.moving_grid, grid, world=scene.rigid)
+    return make_view(disp, make_batch(scene, grid)._replace(fixed=fixed, moving=moving, whole_moving=(scene.moving, scene.moving_grid)))
+
+
 class Measured(NamedTuple):
     "What a transform does to a pair."
 
@@ -266,13 +278,13 @@ def measure(
 ) -> Measured:
     "Move the image and the labels, and measure everything."
     native, disp, moved_labels = pair.fixed.native.grid, transform.deformation(grid), None
-    view, fraction = make_view(scene, grid, disp)
+    view, fraction = view_of(scene, grid, disp)
     field = measure_field(transform, disp, grid, overlap_mask(scene, grid))
     likeness = measure_likeness(view, overlap_mask(scene, grid, 2))
     bones, rows, labels = BoneFigures(pd.DataFrame(), {}, {}), pd.DataFrame(), None
     if scene.labels is not None:
         moved_labels = warp_labels(scene.labels.data[None], scene.labels.grid, native, transform.deformation(native), scene.rigid)[0][0]
-        bones = measure_bones(scene, grid, disp, view.labels, fraction, moved_labels)
+        bones = measure_bones(scene, grid, disp, view.labels, fraction[None], moved_labels)
         if pair.fixed_labels is not None:
             rows, labels = measure_labels(pair.fixed_labels, scene, transform, grid, view.labels)
     found = bones._asdict() | {"vertebrae": bones.vertebrae.join(rows)}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['read_index', 'warp', 'inside', 'coverage', 'resample_field', 'blur', 'coarsen', 'compose', 'integrate', 'invert',
-           'jacobian', 'warp_labels', 'vote']
+           'jacobian', 'determinant', 'warp_labels', 'vote']
 
 # %% ../../nbs/02_space.fields.ipynb #93013472
 import numpy as np
@@ -144,6 +144,14 @@ def jacobian(
     "Jacobian of x + disp(x), by central differences in mm."
     columns = [torch.gradient(disp, spacing=float(s), dim=axis)[0] for axis, s in enumerate(grid.spacing_mm, start=2)]
     return torch.stack(columns, -1).movedim(1, -2) + torch.eye(3, dtype=disp.dtype, device=disp.device)
+
+# %% ../../nbs/02_space.fields.ipynb #6eaa1fef
+def determinant(
+    matrix: Float[Tensor, "*b 3 3"],
+) -> Float[Tensor, "*b"]:
+    "Determinant of 3x3 matrices, as the triple product of their columns."
+    a, b, c = matrix.unbind(-1)
+    return (torch.linalg.cross(a, b) * c).sum(-1)
 
 # %% ../../nbs/02_space.fields.ipynb #265048ae
 def warp_labels(

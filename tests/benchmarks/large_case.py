@@ -13,7 +13,7 @@ import spinereg
 from spinereg.phantom import cases as phantom
 
 
-def large_grids(level: str, centre_mm: np.ndarray, rng: np.random.Generator) -> tuple:
+def large_grids(difficulty: str, centre_mm: np.ndarray, rng: np.random.Generator) -> tuple:
     "CT and MR of one size, tilted against each other."
     ct = phantom.oriented_grid("LPS", (200, 200, 350), (1.0, 1.0, 1.0), np.array([3.0, 0.0, 0.0]), centre_mm + [0, -22, 20])
     mr = phantom.oriented_grid("PSR", (200, 350, 200), (1.0, 1.0, 1.0), np.array([2.0, 2.0, -6.0]), centre_mm + [3, -26, 10])

@@ -40,7 +40,7 @@ def measure(case: Path, settings: dict) -> dict:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="file of JSON lines, one per case; made anew")
-    parser.add_argument("levels", nargs="+", choices=["easy", "clinical", "hard"])
+    parser.add_argument("difficulties", nargs="+", choices=["easy", "clinical", "hard"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="arguments of spinereg.register")
     given = parser.parse_args()
@@ -49,11 +49,11 @@ def main():
         settings[name] = json.loads(value) if value[0] in "-.[0123456789" else value
     given.out.parent.mkdir(parents=True, exist_ok=True)
     rows = []
-    for level in given.levels:
+    for difficulty in given.difficulties:
         for seed in given.seeds:
-            case = given.out.parent / f"{level}_{seed}"
+            case = given.out.parent / f"{difficulty}_{seed}"
             if not (case / "truth.json").exists():
-                write_case(case, make_case(level, seed))
+                write_case(case, make_case(difficulty, seed))
             rows.append({"case": case.name, **measure(case, settings)})
             given.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
     print(pd.DataFrame(rows).round(3).to_string(index=False))

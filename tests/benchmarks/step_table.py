@@ -25,10 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spinereg.learning.cases import Case, PrepareCase
+from spinereg.losses import bone as bones
 from spinereg.losses import penalties
-from spinereg.losses.similarity import mind_loss
+from spinereg.losses.objective import apply_velocity, batch_on_grid, moved_labels
+from spinereg.losses.similarity import MIND
 from spinereg.phantom.cases import make_case, write_case
-from spinereg.registration.networks import UNet, move, predict
+from spinereg.registration.networks import UNet, predict
 from spinereg.registration.results import _peak_rss
 from spinereg.space.geometry import Grid
 
@@ -118,27 +120,27 @@ class Ours:
     def apply(self, lap):
         velocity, onto = predict(self.network, self.fixed, self.moving, self.grid)
         lap("network")
-        moved = move(velocity, onto, self.grid, self.fixed, self.moving, self.labels)
+        batch = batch_on_grid(self.fixed, self.moving, torch.ones_like(self.fixed), self.labels, ("",) * VERTEBRAE, self.grid)
+        moved = apply_velocity(velocity, onto, batch)
+        self.bone = bones.bone_voxels(moved_labels(moved.disp, batch)[0], VERTEBRAE)
         lap("integrate, upsample, warp")
         return velocity, moved
 
     def similarity(self, moved: Tensor, moved_back: Tensor) -> dict[str, Tensor]:
-        return {"mind": mind_loss(self.fixed, moved) + mind_loss(self.moving, moved_back)}
+        return {"mind": MIND()(self.fixed, moved) + MIND()(self.moving, moved_back)}
 
     def smoothness(self, velocity: Tensor, moved) -> dict[str, Tensor]:
         return {"diffusion": 2 * penalties.diffusion(velocity, moved.velocity_grid)}
 
     def conditions(self, disp: Tensor, moved) -> dict[str, Tensor]:
-        bone = penalties.bone_voxels(moved.labels, VERTEBRAE)
-        J = penalties.bone_jacobian(disp, self.grid, bone)
-        return {"oc": penalties.orthonormality(J, bone), "pc": penalties.properness(J, bone)}
+        J = bones.bone_jacobian(disp, self.grid, self.bone)
+        return {"oc": penalties.oc(J, self.bone), "pc": penalties.pc(J, self.bone)}
 
     def rigid(self, disp: Tensor, moved, lap) -> dict[str, Tensor]:
-        bone = penalties.bone_voxels(moved.labels, VERTEBRAE)
-        motions = penalties.rigid_motions(disp, self.grid, bone)
-        rf = penalties.rigid_field(disp, self.grid, bone, motions)
+        motions = bones.rigid_motions(disp, self.grid, self.bone)
+        rf = penalties.rf(disp, self.grid, self.bone, motions)
         lap("rigid field")
-        rd = penalties.rigid_dice(disp, self.grid, bone, motions, self.labels, self.grid, squared=False)
+        rd = penalties.rd(disp, self.grid, self.bone, motions, self.labels, self.grid, squared=False)
         lap("rigid Dice")
         return {"rf": rf, "rd": rd}
 
