@@ -8,7 +8,7 @@ __all__ = ['PREALIGN', 'prealign_fault', 'scheme_faults', 'fault_of', 'Inputs', 
            'register', 'read_through', 'apply_points', 'apply_image', 'apply']
 
 # %% ../../nbs/47_registration.register.ipynb #81bd1d90
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -106,7 +106,7 @@ class Inputs:
         return dict(vars(self))
 
 # %% ../../nbs/47_registration.register.ipynb #3d25728f
-def schedule_fault(levels: Sequence[float], steps: Sequence[float]) -> str:
+def schedule_fault(levels: tuple | list, steps: tuple | list) -> str:
     "What is wrong with the levels and the steps on them."
     if not len(levels) or len(levels) != len(steps) or min(*levels, *steps) < 1 or any(int(count) != count for count in steps):
         return f"levels={levels}, steps={steps}: expected one whole number of steps for each level, all at least 1"
