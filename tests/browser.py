@@ -142,17 +142,11 @@ class Lab:
         nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
         return path
 
-    def open(self, name, seconds=30):
-        """Open a notebook of the server in a fresh JupyterLab, as a link does, and wait for its kernel.
-
-        Now and then a kernel of ipykernel 7 does not answer its first request (microsoft/vscode-jupyter#17228); then another is started.
-        """
-        for _ in range(3):
-            self.page.goto(self.server.url(f"/tree/{name}"))
-            if self.page.evaluate(ANSWERS, seconds):
-                return
-            self.close()
-        raise RuntimeError(f"no kernel answered within {seconds} s: {self.server.log.read_text()}")
+    def open(self, name, seconds=90):
+        "Open a notebook of the server in a fresh JupyterLab, as a link does, and wait for its kernel."
+        self.page.goto(self.server.url(f"/tree/{name}"))
+        if not self.page.evaluate(ANSWERS, seconds):
+            raise RuntimeError(f"no kernel answered within {seconds} s: {self.server.log.read_text()}")
 
     def open_without_kernel(self, name):
         "Open a notebook of the server to be read only: no kernel is started."

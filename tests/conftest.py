@@ -20,7 +20,7 @@ def chromium(tmp_path_factory):
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     if browser.CHROMIUM is None:
         pytest.skip("no Chromium found: apt-get install chromium")
-    playwright.expect.set_options(timeout=30_000)
+    playwright.expect.set_options(timeout=60_000)
     with browser.jupyterlab(tmp_path_factory.mktemp("jupyterlab")) as server, playwright.sync_playwright() as driver:
         yield server, driver.chromium.launch(executable_path=browser.CHROMIUM, args=browser.FLAGS)
 

@@ -50,6 +50,12 @@ class Live:
         self.outputs.scroll_into_view_if_needed()
         expect(self.picture).to_be_visible()
 
+    def hover(self, x, y):
+        "Point at a place of the picture, from 0 to 1: it has been drawn, stands still and listens to the wheel and to keys."
+        box = self.picture.bounding_box()
+        self.picture.hover(position={"x": x * box["width"], "y": y * box["height"]})
+        expect(self.picture).to_have_class(re.compile("ipyevents-watched"))
+
     def changes(self, act):
         "What the picture shows after something was done to it; it must be something else."
         before, shown = pixels(self.picture), self.picture.get_attribute("src")
@@ -69,11 +75,10 @@ class Live:
 def test_the_quickstart_runs_and_its_viewers_answer(lab):
     """Run All; then wheel, keys, click, slider and menu each change the picture or the words, and JupyterLab keeps out of it."""
     open_tutorial(lab, "quickstart")
-    lab.run_all(300)
+    lab.run_all(600)
     page, live = lab.page, Live(lab, cell_with("quickstart", "SliceViewer(result"))
     words = live.outputs.locator(".widget-html pre").first
-    box = live.picture.bounding_box()
-    page.mouse.move(box["x"] + 0.2 * box["width"], box["y"] + 0.5 * box["height"])
+    live.hover(0.2, 0.5)
     before = page.evaluate(STATE)
     live.changes(lambda: page.mouse.wheel(0, 100))
     for key in ("ArrowDown", "PageUp", "4", "ArrowLeft", "o", "c", "3"):
@@ -81,7 +86,8 @@ def test_the_quickstart_runs_and_its_viewers_answer(lab):
     for key in ("d", "d", "m", "x", "a", "d", "d"):  # JupyterLab: delete the cell, to markdown, cut, insert above
         page.keyboard.press(key)
     said = words.inner_text()
-    live.changes(lambda: page.mouse.click(box["x"] + 0.25 * box["width"], box["y"] + 0.3 * box["height"]))
+    box = live.picture.bounding_box()
+    live.changes(lambda: live.picture.click(position={"x": 0.25 * box["width"], "y": 0.3 * box["height"]}))
     assert words.inner_text() != said and page.evaluate(STATE) == before
     live.changes(lambda: live.menu("vertebra").select_option("L3"))
     expect(words).to_contain_text("L3: moved")
@@ -173,7 +179,8 @@ EVERY = [
 import spinereg
 from spinereg.interactive.monitor import TrainingMonitor
 from spinereg.interactive.view3d import view3d
-from spinereg.interactive.viewers import DeformedGrid, Interactive, JacobianMap, Quiver, SliceViewer
+from spinereg.interactive.display import Interactive
+from spinereg.interactive.viewers import DeformedGrid, JacobianMap, Quiver, SliceViewer
 from spinereg.measure.pictures import Picture
 
 def draw(cycles):

@@ -1,5 +1,6 @@
 """Training: stages, checkpoints that can be gone on from, several processes, precision, losses that are not finite."""
 
+import inspect
 import os
 import random
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 import weakref
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import numpy as np
@@ -20,23 +22,11 @@ from hypothesis import strategies as st
 from spinereg.files.labels import VERTEBRAE
 from spinereg.learning.cases import PrepareCase, find_cases
 from spinereg.learning.crops import case_dataset
-from spinereg.learning.fit import (
-    PRESETS,
-    Learner,
-    check_fit,
-    fit,
-    grid_of,
-    learn,
-    learns_nothing,
-    load_checkpoint,
-    make_accelerator,
-    move_batch,
-    on_device,
-    score,
-    term_weights,
-    terms_of,
-)
-from spinereg.losses.objective import TERMS
+from spinereg.learning.fit import PRESETS, Settings, fit
+from spinereg.learning.learner import Stage, apply_network, bone_of, crop_batch, learn, make_accelerator, make_learner
+from spinereg.learning.validate import learns_nothing, score
+from spinereg.losses.objective import TERMS, Weights, loss_terms
+from spinereg.losses.similarity import LNCC, MIND
 from spinereg.measure.metrics import mean_dice
 from spinereg.registration.networks import UNet, load_network
 from spinereg.registration.run import weights_changed
@@ -95,7 +85,7 @@ def test_c12_two_epochs_and_two_resumed_equal_four_bit_for_bit(four, quick, tmp_
     fit(out_dir=tmp_path, epochs_similarity=2, epochs_rigidity=0, **quick)
     fit(out_dir=tmp_path, epochs_similarity=2, epochs_rigidity=2, resume=True, **quick)
     one, other = state(whole), state(tmp_path)
-    assert all(equal(one[key], other[key]) for key in ("epoch", "network", "optimiser", "schedule", "random"))
+    assert all(equal(one[key], other[key]) for key in ("progress", "weights", "network", "optimiser", "schedule", "random"))
     for name in ("steps", "validation"):
         pd.testing.assert_frame_equal(pd.read_csv(whole / f"{name}.csv"), pd.read_csv(tmp_path / f"{name}.csv"), check_exact=True)
 
@@ -111,7 +101,7 @@ def test_the_last_epoch_of_each_stage_is_kept_and_best_belongs_to_the_last_stage
     about = {name: load_network(out / f"{name}.safetensors").about["epoch"] for name in ("stage1", "best", "last")}
     assert about["stage1"] == 2 and about["last"] == 4 and about["best"] == 4
     assert fitted.weights == out / "best.safetensors"
-    assert set(fitted.epochs.stage) == {"similarity", "rigidity"} and fitted.epochs[fitted.epochs.epoch == 1].rigid_field.isna().all()
+    assert set(fitted.epochs.stage) == {"similarity", "rigidity"} and fitted.epochs[fitted.epochs.epoch == 1].rf.isna().all()
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="the system has no SIGKILL")
@@ -132,7 +122,7 @@ def test_c12_kill_at_any_moment_leaves_a_checkpoint_that_can_be_gone_on_from(qui
         assert process.poll() is None, process.stderr.read().decode()
         process.send_signal(signal.SIGKILL)
         process.wait()
-        epoch = state(tmp_path / "out")["epoch"]
+        epoch = state(tmp_path / "out")["progress"]["epoch"]
         assert epoch > done and load_network(tmp_path / "out").spacing_mm == 5.0
         done = epoch
     fitted = fit(out_dir=tmp_path / "out", epochs_similarity=done + 1, epochs_rigidity=0, resume=True, **quick)
@@ -156,18 +146,17 @@ def batch(cases):
     return {name: value[None] for name, value in item.items() if isinstance(value, torch.Tensor)} | {"case": ["val/easy_5"]}
 
 
+RIGID, FREE = Stage("rigidity", 1, rigidity=True), Stage("similarity", 1, rigidity=False)
+ALL = Weights(diffusion=0.02, oc=0.005, pc=0.01, rd=0.1, rf=0.01)
+
+
 @pytest.fixture
 def learner():
-    accelerator = make_accelerator("cpu", "no", "none", Path())
+    "An untrained network in the second stage."
     torch.manual_seed(0)
-    network = UNet()
-    optimiser = torch.optim.Adam(network.parameters(), lr=1e-3)
-    return Learner(*accelerator.prepare(network, optimiser), torch.optim.lr_scheduler.ExponentialLR(optimiser, 0.999), accelerator)
-
-
-ALL = term_weights({"weight_diffusion": 0.02, "weight_oc": 0.005, "weight_pc": 0.01, "weight_rd": 0.1, "weight_rf": 0.01})
-ALL = {name: getattr(ALL, name) for name in TERMS}
-FIRST = {name: ALL[name] for name in ("similarity", "diffusion")}
+    learner = make_learner(make_accelerator("cpu"), UNet(), MIND(), 5.0, ALL, learning_rate=1e-3)
+    learner.stage = RIGID
+    return learner
 
 
 def test_a_step_is_adam_on_the_weighted_sum_of_the_terms(learner, batch):
@@ -175,38 +164,39 @@ def test_a_step_is_adam_on_the_weighted_sum_of_the_terms(learner, batch):
     plain = UNet()
     plain.load_state_dict(learner.network.state_dict())
     optimiser = torch.optim.Adam(plain.parameters(), lr=1e-3)
-    tensors = on_device(batch, torch.device("cpu"))
-    grid = grid_of(tensors, 5.0)
-    terms = terms_of(*move_batch(plain, tensors, grid), "mind")
-    sum(ALL[name] * value.mean() for name, value in terms.items()).backward()
+    pairs = crop_batch(batch, 5.0)
+    what = apply_network(plain, pairs)
+    terms = loss_terms(what, pairs, MIND(), bone_of(what, pairs))
+    sum(getattr(ALL, name) * value.mean() for name, value in terms.items()).backward()
     optimiser.step()
-    row = learn(learner, [batch], ALL, "mind", 5.0)
-    assert row["loss"] == pytest.approx(sum(ALL[name] * value.item() for name, value in terms.items()), rel=1e-6)
+    row = learn(learner, [batch])
+    assert row["loss"] == pytest.approx(sum(getattr(ALL, name) * value.item() for name, value in terms.items()), rel=1e-6)
     assert row["gradient_norm"] == pytest.approx(torch.cat([p.grad.flatten() for p in plain.parameters()]).norm().item(), rel=1e-5)
     assert equal(plain.state_dict(), learner.network.state_dict())
 
 
 def test_c1_a_loss_that_is_not_finite_is_named_and_skipped_and_five_in_a_row_stop(learner, batch, capsys):
     """C1: the weights stay, case and term are printed, the fifth in a row raises."""
+    learner.stage, learner.similarity = FREE, LNCC()
     spoilt = batch | {"fixed": batch["fixed"].clone().fill_(torch.nan)}
     before = {name: value.clone() for name, value in learner.network.state_dict().items()}
     for _ in range(4):
-        assert np.isnan(learn(learner, [spoilt], FIRST, "lncc", 5.0)["loss"])
+        assert np.isnan(learn(learner, [spoilt])["loss"])
     said = capsys.readouterr().out
-    assert said.count("step skipped") == 4 and "val/easy_5" in said and "similarity nan" in said
+    assert said.count("step skipped") == 4 and "val/easy_5" in said and "similarity [nan]" in said
     assert equal(before, learner.network.state_dict())
-    learn(learner, [batch], FIRST, "lncc", 5.0)
+    learn(learner, [batch])
     assert learner.skipped == 0
     before = {name: value.clone() for name, value in learner.network.state_dict().items()}
     hook = next(learner.network.parameters()).register_hook(lambda gradient: gradient * torch.inf)
-    assert np.isnan(learn(learner, [batch], FIRST, "lncc", 5.0)["loss"]), "a finite loss with a gradient that is not"
+    assert np.isnan(learn(learner, [batch])["loss"]), "a finite loss with a gradient that is not"
     hook.remove()
     assert equal(before, learner.network.state_dict()) and "gradient" in capsys.readouterr().out
-    learn(learner, [batch], FIRST, "lncc", 5.0)
+    learn(learner, [batch])
     for _ in range(4):
-        learn(learner, [spoilt], FIRST, "lncc", 5.0)
+        learn(learner, [spoilt])
     with pytest.raises(FloatingPointError, match="val/easy_5.*fifth step in a row"):
-        learn(learner, [spoilt], FIRST, "lncc", 5.0)
+        learn(learner, [spoilt])
 
 
 def test_c2_mixed_precision_starts_with_the_same_loss(quick, four, tmp_path):
@@ -250,11 +240,12 @@ def test_a_tracker_that_is_not_installed_is_an_error(quick, tmp_path, monkeypatc
         fit(out_dir=tmp_path, **(quick | {"logger": "wandb"}))
 
 
-def test_e5_a_foreign_checkpoint_is_refused(learner, tmp_path):
-    """E5: by the format written in it."""
-    torch.save({"format": "something else"}, tmp_path / "last.pt")
-    with pytest.raises(ValueError, match="something else"):
-        load_checkpoint(tmp_path / "last.pt", learner, {})
+def test_e5_a_foreign_checkpoint_is_refused(quick, tmp_path):
+    """E5: by the format written in it; one of an earlier version is told what to do."""
+    for name in ("something else", "spinereg-unet-1"):
+        torch.save({"format": name}, tmp_path / "last.pt")
+        with pytest.raises(ValueError, match=f"has the format '{name}'.*start='last.safetensors'"):
+            fit(out_dir=tmp_path, resume=True, **quick)
 
 
 # what is known of a training
@@ -273,7 +264,7 @@ def test_b4_without_labels_of_the_fixed_image_the_loss_decides_and_without_any_r
         assert fitted.validation.dice_after.isna().all() and np.isfinite(fitted.validation.loss).all()
         assert score(fitted.validation[fitted.validation.epoch == 2]) == -fitted.validation.loss[fitted.validation.epoch == 2].mean()
     assert "rigidity off: no labels" in capsys.readouterr().out
-    assert (fitted.steps.rigid_field.dropna() == 0).all()
+    assert (fitted.steps.rf.dropna() == 0).all()
 
 
 def test_c4_a_network_that_learns_nothing_is_told_from_one_that_does():
@@ -324,14 +315,20 @@ def test_epochs_are_logged(logger, quick, tmp_path, monkeypatch):
 
 def test_a_preset_is_parameters_of_fit_and_trains(quick, tmp_path):
     """All forty-eight are accepted; one of the full-resolution ones takes a step."""
-    import inspect
-
-    defaults = {name: p.default for name, p in inspect.signature(fit).parameters.items()}
     for preset in PRESETS.values():
-        assert preset.keys() <= defaults.keys()
-        check_fit(defaults | preset)
+        assert preset.items() <= vars(Settings("data", "out", **preset)).items()
     chosen = PRESETS["mi_full_pc_rd"] | {"epochs_similarity": 0, "epochs_rigidity": 1}
     assert np.isfinite(fit(out_dir=tmp_path, **(quick | chosen)).steps.loss).all()
+
+
+def test_fit_shows_every_setting_in_its_signature():
+    """Help, completion and the apps know names, types and defaults; what is unknown is refused."""
+    shown = inspect.signature(fit).parameters
+    assert list(shown) == [field.name for field in fields(Settings)] + ["resume", "on_step"]
+    assert all(shown[field.name].annotation == field.type for field in fields(Settings))
+    assert all(shown[field.name].default == field.default for field in fields(Settings) if field.default is not MISSING)
+    with pytest.raises(TypeError, match="learning_rat"):
+        fit("data", "out", learning_rat=1e-3)
 
 
 def test_all_wrong_settings_are_named_at_once(tmp_path):
@@ -360,11 +357,11 @@ def test_a_crop_larger_than_every_case_is_cut(quick, tmp_path, capsys):
     assert (tmp_path / "last.safetensors").stat().st_mode == (tmp_path / "epochs.csv").stat().st_mode
 
 
-# watched and steered
+# followed and steered
 
 
 def at_step(number, act):
-    "A watcher that acts after one step."
+    "A callback that acts after one step."
     return lambda step: act(step) if step.row["step"] == number else None
 
 
@@ -373,11 +370,11 @@ def test_d3_a_stop_in_the_midst_of_an_epoch_loses_nothing(four, quick, tmp_path)
     stopped = fit(out_dir=tmp_path, epochs_similarity=2, epochs_rigidity=2, on_step=at_step(5, lambda step: setattr(step, "stop", True)), **quick)
     assert stopped.stopped and list(stopped.steps.step) == [1, 2, 3, 4, 5] and len(stopped.epochs) == 2
     assert stopped.weights == tmp_path / "last.safetensors", "the second stage has no best weights yet"
-    assert state(tmp_path)["taken"] == 1
+    assert state(tmp_path)["progress"]["taken"] == 1
     resumed = fit(out_dir=tmp_path, epochs_similarity=2, epochs_rigidity=2, resume=True, **quick)
     assert not resumed.stopped and equal(four[1].network.state_dict(), resumed.network.state_dict())
     one, other = state(four[0]), state(tmp_path)
-    assert all(equal(one[key], other[key]) for key in ("epoch", "taken", "optimiser", "schedule"))
+    assert all(equal(one[key], other[key]) for key in ("progress", "optimiser", "schedule"))
     for name in ("steps", "validation"):
         pd.testing.assert_frame_equal(pd.read_csv(four[0] / f"{name}.csv"), pd.read_csv(tmp_path / f"{name}.csv"), check_exact=True)
 
@@ -391,7 +388,7 @@ def test_a_changed_weight_counts_from_the_next_step_and_is_logged_with_it(four, 
     """The loss of every step is the sum of its terms with the weights of its row, and the rows say when they changed."""
     change = at_step(6, lambda step: setattr(step.weights, "oc", 7.0))
     steps = fit(out_dir=tmp_path, epochs_similarity=2, epochs_rigidity=2, on_step=change, **quick).steps
-    assert weights_changed(steps[steps.stage == "rigidity"]) == [{"step": 2, "term": "oc", "before": 0.005, "after": 7.0}]
+    assert weights_changed(steps[steps.stage == "rigidity"]) == [(2, "oc", 0.005, 7.0)]
     terms = [*TERMS]
     total = sum((steps[f"weight_{term}"] * steps[term]).fillna(0) for term in terms)
     np.testing.assert_allclose(total, steps.loss, rtol=1e-5)
@@ -422,7 +419,8 @@ def test_a_stop_among_steps_that_are_skipped_keeps_the_last_good_checkpoint(quic
         step.stop = step.row["step"] == 4
 
     fit(out_dir=tmp_path, epochs_similarity=2, epochs_rigidity=0, resume=True, on_step=spoil, **quick)
-    assert "step skipped" in capsys.readouterr().out and equal(good["network"], state(tmp_path)["network"]) and state(tmp_path)["epoch"] == 1
+    now = state(tmp_path)
+    assert "step skipped" in capsys.readouterr().out and equal(good["network"], now["network"]) and now["progress"]["epoch"] == 1
 
 
 def test_the_rest_of_an_epoch_is_only_taken_in_the_same_portions(quick, tmp_path):
@@ -450,7 +448,8 @@ def test_d5_a_training_that_fails_lets_go_of_its_memory(quick, tmp_path):
 
     def fails(step):
         view, _ = step.look(0)
-        held.extend([weakref.ref(step.look.args[0].network), weakref.ref(view.moved)])
+        network = step.look.__self__.training.learner.network
+        held.extend([weakref.ref(network), weakref.ref(view.moved)])
         raise MemoryError("CUDA out of memory")
 
     with pytest.raises(MemoryError) as caught:

@@ -18,7 +18,7 @@ from nbclient import NotebookClient
 from scipy.spatial.transform import Rotation
 
 import spinereg.interactive.view3d as module
-from spinereg.interactive.slices import Stack
+from spinereg.interactive.stack import Stack
 from spinereg.interactive.view3d import (
     camera,
     choose_viewer,
@@ -207,7 +207,7 @@ def test_d2_executed_without_a_person_a_notebook_keeps_the_picture_alone():
     cell = """
 import numpy as np, pandas as pd, torch
 from spinereg.space.geometry import Grid
-from spinereg.interactive.slices import Stack
+from spinereg.interactive.stack import Stack
 from spinereg.interactive.view3d import view3d
 labels = torch.zeros(20, 20, 20, dtype=torch.int32)
 labels[5:15, 5:15, 5:15] = 1

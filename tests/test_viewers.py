@@ -18,7 +18,8 @@ from PIL import Image
 from scipy.spatial.transform import Rotation
 
 from spinereg.files.pairs import read_pair
-from spinereg.interactive.slices import CT_WINDOWS_HU, SlicePicture, Stack, describe_point, first_look, label_centre, pair_stack, showable
+from spinereg.interactive.slices import CT_WINDOWS_HU, SlicePicture, describe_point, first_view, showable
+from spinereg.interactive.stack import Stack, label_centre, pair_stack
 from spinereg.interactive.viewers import PLANES, SliceViewer
 from spinereg.space.geometry import Grid
 
@@ -46,7 +47,7 @@ def make_stack(spacing_mm=(4.0, 1.1, 0.7), axes=OBLIQUE, size_mm=88.0, **more):
 def test_a_ball_is_drawn_round_and_as_large_as_it_is(plane):
     """Physical aspect ratio: on an oblique grid of thick slices, a ball of 30 mm is a disc of 30 mm in every plane."""
     stack = make_stack()
-    picture = SlicePicture(stack, first_look(stack, show="fixed", outlined=(), crosshair=False), PLANES[plane], words=False)
+    picture = SlicePicture(stack, first_view(stack, show="fixed", outlined=(), crosshair=False), PLANES[plane], words=False)
     picture.png()
     ax = picture.panels[0].ax
     mm = ax.bbox.width / abs(ax.get_xlim()[1] - ax.get_xlim()[0])
@@ -61,7 +62,7 @@ def test_a_ball_is_drawn_round_and_as_large_as_it_is(plane):
 def test_the_letters_tell_the_truth_on_an_oblique_grid(plane):
     """A step in the picture towards the right-hand letter is a step in the world towards that side."""
     stack, way = make_stack(), {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "S": (2, 1), "I": (2, -1)}
-    picture = SlicePicture(stack, first_look(stack), PLANES[plane], words=False)
+    picture = SlicePicture(stack, first_view(stack), PLANES[plane], words=False)
     picture.png()
     box, panel = picture.panels[0].ax.bbox, picture.panels[0]
     middle = (box.x0 + box.x1) / 2, picture.bbox.height - (box.y0 + box.y1) / 2
@@ -102,7 +103,7 @@ def test_folds_are_black_and_kept_volume_is_white():
     det[:, :, : stack.grid.shape[2] // 2] = -0.2
     stack = stack._replace(jacobian_det=det, disp=torch.zeros(3, *det.shape), images=stack.images | {"moved": stack.images["moving"]})
     stack.modalities["moved"] = "ct"
-    picture = SlicePicture(stack, first_look(stack, show="jacobian", fade=1.0, outlined=(), crosshair=False), PLANES["coronal"], words=False)
+    picture = SlicePicture(stack, first_view(stack, show="jacobian", fade=1.0, outlined=(), crosshair=False), PLANES["coronal"], words=False)
     shown, box = pixels(picture.png()), picture.panels[0].ax.bbox
     x, rows = int(box.x0 + 0.3 * box.width), (picture.bbox.height - np.array([box.y0 + 0.25 * box.height, box.y0 + 0.75 * box.height])).astype(int)
     assert shown[rows[0], x].max() == 0 and shown[rows[1], x].min() > 240
@@ -131,7 +132,7 @@ def viewer():
 
 
 def control(viewer, name):
-    return next(control.widget for control in viewer.controls if control.widget.description == name)
+    return next(control.widget for control in viewer.controls.controls if control.widget.description == name)
 
 
 def test_every_control_changes_the_picture_and_follows_the_program(viewer):
@@ -141,45 +142,45 @@ def test_every_control_changes_the_picture_and_follows_the_program(viewer):
     for name, value in changes.items():
         if name == "fade":
             viewer.change(show="blend", at=label_centre(viewer.stack, "L1"))
-        before, look = viewer.image.value, viewer.look
+        before, view = viewer.image.value, viewer.view
         control(viewer, name).value = value
-        assert viewer.look != look, name
+        assert viewer.view != view, name
         assert viewer.image.value != before, name
     viewer.change(fade=0.25, show="blend")
     assert control(viewer, "fade").value == 0.25 and control(viewer, "show").value == "blend"
 
 
 def do(viewer, **event):
-    "Let a viewer hear of an event, and wait until it has followed."
-    viewer.hear(event)
-    viewer.worker.submit(lambda: None).result()
+    "Tell a viewer of an event, and wait until it has followed."
+    viewer.events.add(event)
+    viewer.events.wait()
 
 
 def test_wheel_click_and_keys(viewer):
-    picture, start = viewer.live, viewer.look.at
+    picture, start = viewer.live, viewer.view.at
     box = picture.panels[1].ax.bbox
     place = {"dataX": box.x0 + 0.25 * box.width, "dataY": picture.bbox.height - (box.y0 + 0.75 * box.height)}
     do(viewer, type="wheel", deltaY=-120.0, **place)
-    assert viewer.look.at == (start[0], start[1] + 1, start[2]), "the wheel moves the plane under the mouse"
+    assert viewer.view.at == (start[0], start[1] + 1, start[2]), "the wheel moves the plane under the mouse"
     do(viewer, type="click", **place)
-    i, _, k = viewer.look.at
+    i, _, k = viewer.view.at
     assert np.allclose([i, k], 0.75 * np.array(viewer.stack.grid.shape)[[0, 2]], atol=1), "the patient's right is on the left"
     changes = {"4": ("show", "colours"), "o": ("outlined", ()), "c": ("crosshair", False), "n": ("at", label_centre(viewer.stack, "L1"))}
     for key, (name, value) in changes.items():
         do(viewer, type="keydown", key=key)
-        assert getattr(viewer.look, name) == value
+        assert getattr(viewer.view, name) == value
     for key in itertools.chain(["PageUp"] * 40, ["ArrowUp"] * 3, ["x", "Shift", "9"]):
         do(viewer, type="keydown", key=key)
-    assert viewer.look.at[1] == viewer.stack.grid.shape[1] - 1
+    assert viewer.view.at[1] == viewer.stack.grid.shape[1] - 1
 
 
 def test_a_burst_of_events_is_followed_to_its_end(viewer):
     """None is lost, although not every one is drawn."""
     viewer.change(at=(5, 5, 5))
     for _ in range(50):
-        viewer.hear({"type": "keydown", "key": "ArrowUp"})
-    viewer.worker.submit(lambda: None).result()
-    assert viewer.look.at[0] == min(55, viewer.stack.grid.shape[0] - 1) and control(viewer, "left - right").value == viewer.look.at[0]
+        viewer.events.add({"type": "keydown", "key": "ArrowUp"})
+    viewer.events.wait()
+    assert viewer.view.at[0] == min(55, viewer.stack.grid.shape[0] - 1) and control(viewer, "left - right").value == viewer.view.at[0]
 
 
 def test_planes_can_be_changed_and_the_live_picture_is_the_recorded_one(viewer):
@@ -192,13 +193,13 @@ def test_planes_can_be_changed_and_the_live_picture_is_the_recorded_one(viewer):
     assert pixels(viewer.png()).shape[0] > live.shape[0], "the words lie below"
 
 
-def test_a_look_that_cannot_be_shown_is_refused_and_not_kept(viewer):
-    before = viewer.look
+def test_a_view_that_cannot_be_shown_is_refused_and_not_kept(viewer):
+    before = viewer.view
     for wrong in ({"at": (9999, 0, 0)}, {"outlined": ("moved",)}, {"lines": "grid"}, {"windows": {"fixed": (0.0, 1.0)}}):
         with pytest.raises(ValueError, match="expected"):
             viewer.change(**wrong)
-    assert viewer.look == before
-    assert SliceViewer(make_stack(), windows={"fixed": (0.0, 50.0)}).look.windows["moving"] == CT_WINDOWS_HU["spine"]
+    assert viewer.view == before
+    assert SliceViewer(make_stack(), windows={"fixed": (0.0, 50.0)}).view.windows["moving"] == CT_WINDOWS_HU["spine"]
 
 
 def test_vertebrae_outside_the_grid_are_not_offered(tmp_path):
@@ -215,7 +216,7 @@ def test_vertebrae_outside_the_grid_are_not_offered(tmp_path):
     viewer = SliceViewer(stack)
     for name in stack.names:
         viewer.jump(name)
-        assert stack.labels["moving"][viewer.look.at] == stack.names.index(name) + 1, "the middle of a vertebra is in it"
+        assert stack.labels["moving"][viewer.view.at] == stack.names.index(name) + 1, "the middle of a vertebra is in it"
     far = nib.load(files[1])
     for image, name in ((far, "ct"), (nib.load(files[2]), "ct_mask")):
         affine = image.affine.copy()
@@ -226,8 +227,8 @@ def test_vertebrae_outside_the_grid_are_not_offered(tmp_path):
 
 
 def test_an_error_while_following_is_told(viewer, capsys):
-    viewer.hear({"type": "wheel", "deltaY": 1.0, "dataX": None, "dataY": 1})
-    viewer.worker.submit(lambda: None).result()
+    viewer.events.add({"type": "wheel", "deltaY": 1.0, "dataX": None, "dataY": 1})
+    viewer.events.wait()
     assert "Traceback" in capsys.readouterr().err
 
 
@@ -238,7 +239,8 @@ import spinereg
 from spinereg.interactive.monitor import TrainingMonitor
 from spinereg.files.pairs import read_pair
 from spinereg.interactive.view3d import view3d
-from spinereg.interactive.viewers import DeformedGrid, Interactive, JacobianMap, Quiver, SliceViewer
+from spinereg.interactive.display import Interactive
+from spinereg.interactive.viewers import DeformedGrid, JacobianMap, Quiver, SliceViewer
 from spinereg.measure.pictures import Picture
 files = [f"{samples}/test/easy_0/{name}.nii.gz" for name in ("mr_t1", "ct", "ct_mask")]
 

@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import browser
 
 from spinereg.interactive.monitor import TrainingMonitor
-from spinereg.interactive.slices import SlicePicture, Stack, first_look
+from spinereg.interactive.slices import SlicePicture, first_view
+from spinereg.interactive.stack import Stack
 from spinereg.learning.fit import fit
 from spinereg.measure.pictures import SAGITTAL
 from spinereg.space.geometry import Grid
@@ -54,7 +55,7 @@ def whole(picture):
 def slices(count=60):
     "From one slice to the next picture, in the kernel."
     stack = large_stack()
-    live, plain, still = (SlicePicture(stack, first_look(stack), (SAGITTAL,), words=False) for _ in range(3))
+    live, plain, still = (SlicePicture(stack, first_view(stack), (SAGITTAL,), words=False) for _ in range(3))
     live.png()
     still.settle()
     ways = {"live": (live, live.png), "whole figure": (plain, lambda: whole(plain)), "whole figure, laid out once": (still, lambda: whole(still))}
@@ -62,7 +63,7 @@ def slices(count=60):
     for n in range(count):
         for name, (picture, draw) in ways.items():
             began = time.perf_counter()
-            picture.turn(replace(picture.look, at=(34 + n, *picture.look.at[1:])))
+            picture.turn(replace(picture.view, at=(34 + n, *picture.view.at[1:])))
             draw()
             seconds[name].append(time.perf_counter() - began)
     median = {name: float(np.median(values)) for name, values in seconds.items()}
