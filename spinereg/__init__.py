@@ -28,7 +28,7 @@ PUBLIC = {  # name -> where it is defined; imported when it is first asked for
     "DeformedGrid": "interactive.viewers",
     "Quiver": "interactive.viewers",
     "view3d": "interactive.view3d",
-    "install_itk_viewer": "interactive.view3d",
+    "install_itk_viewer": "interactive.itk_viewer",
     "TrainingMonitor": "interactive.monitor",
 }
 

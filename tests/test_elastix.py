@@ -18,7 +18,6 @@ from spinereg.compare.elastix import (
     ElastixError,
     ElastixSettings,
     bone_mask,
-    fade_out,
     parameter_map,
     read_disp,
     read_history,
@@ -31,7 +30,7 @@ from spinereg.files.nifti import NativeSpace
 from spinereg.files.volumes import Labels
 from spinereg.losses.objective import batch_on_grid
 from spinereg.registration.scene import Scene
-from spinereg.space.fields import determinant, jacobian, warp
+from spinereg.space.fields import jacobian, warp
 from spinereg.space.geometry import Grid
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -92,21 +91,6 @@ def test_what_happens_to_the_child_is_an_error_here(tmp_path, does, limit_s, sai
     (tmp_path / "itk.py").write_text(does)
     with pytest.raises(ElastixError, match=said):
         run_child(tmp_path, 1, limit_s)
-
-
-@pytest.mark.parametrize("size_mm", [1.0, 60.0], ids=["small", "large"])
-def test_fade_keeps_the_field_ends_at_zero_and_folds_nothing(size_mm):
-    """Also where the displacement at the border is larger than the fade."""
-    grid = Grid((9, 11, 7), np.diag([2.0, 3.0, 2.0, 1.0]))
-    disp = size_mm * torch.tensor([0.6, -0.64, 0.48])[None, :, None, None, None].expand(1, 3, *grid.shape)
-    extended, wide = fade_out(disp, grid)
-    start = np.round(np.linalg.inv(wide.affine) @ grid.affine)[:3, 3].astype(int)
-    inner = tuple(slice(s, s + n) for s, n in zip(start, grid.shape))
-    assert torch.equal(extended[(slice(None), slice(None), *inner)], disp)
-    outside = extended.clone()
-    outside[(slice(None), slice(None), *(slice(1, -1),) * 3)] = 0
-    assert not outside.any()
-    assert determinant(jacobian(extended, wide)).min() > 0
 
 
 def test_mask_is_the_moving_bone_after_pre_alignment():
@@ -216,7 +200,7 @@ def test_b5_penalty_halves_the_strain_of_bone(registered):
     """B5: the same seed without and with it; the strain of the moved vertebrae, by differences, falls to less than half."""
     strains = []
     for result in registered[:2]:
-        J = jacobian(result.transform.deformation(result.view.grid), result.view.grid)[0][result.view.labels > 0]
+        J = jacobian(result.transform.disp_on(result.view.grid), result.view.grid)[0][result.view.labels > 0]
         strains.append((J.mT @ J - torch.eye(3)).square().sum((1, 2)).mean())
     assert strains[1] < 0.5 * strains[0]
 

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from scipy.spatial.transform import Rotation
 
 from spinereg.files.transforms import itk_field, itk_image
-from spinereg.space.fields import blur, coarsen, compose, integrate, invert, jacobian, resample_field, warp, warp_labels
-from spinereg.space.geometry import Grid, crop_grid, respace_grid
+from spinereg.space.fields import compose, extend_field, integrate, invert, jacobian, resample_field, warp, warp_labels
+from spinereg.space.geometry import Grid, crop_grid, inside, respace_grid
+from spinereg.space.images import blur, coarsen, label_centres_mm, vote
 
 
 def tilted(shape, spacing, seed):
@@ -155,3 +156,65 @@ def test_crop_of_a_field_is_the_field_there():
     disp = smooth_velocity(grid, 3)
     part = crop_grid(grid, [3, 2, 4], [9, 10, 11])
     assert torch.allclose(warp(disp, grid, part), disp[:, :, 3:9, 2:10, 4:11], atol=1e-9)
+
+
+@pytest.mark.parametrize("size_mm", [1.0, 60.0], ids=["small", "large"])
+def test_a_field_faded_over_twice_its_size_keeps_its_values_ends_at_zero_and_folds_nothing(size_mm):
+    grid = Grid((9, 11, 7), np.diag([2.0, 3.0, 2.0, 1.0]))
+    disp = size_mm * torch.tensor([0.6, -0.64, 0.48])[None, :, None, None, None].expand(1, 3, *grid.shape)
+    extended, wide = extend_field(disp, grid, 0.0, max(20.0, 2 * size_mm))
+    start = np.round(np.linalg.inv(wide.affine) @ grid.affine)[:3, 3].astype(int)
+    inner = tuple(slice(s, s + n) for s, n in zip(start, grid.shape))
+    assert torch.equal(extended[(slice(None), slice(None), *inner)], disp)
+    outside = extended.clone()
+    outside[(slice(None), slice(None), *(slice(1, -1),) * 3)] = 0
+    assert not outside.any()
+    assert torch.linalg.det(jacobian(extended, wide)).min() > 0
+
+
+@pytest.mark.parametrize(("hold_mm", "fade_mm"), [(0.0, 4.0), (5.0, 20.0), (7.5, 3.0)])
+def test_a_field_is_held_before_it_fades(hold_mm, fade_mm):
+    """On thick slices too: within the distance to hold the border's value goes on, and the grid ends not much beyond the fade."""
+    grid = Grid((6, 5, 4), np.array([[1.0, 0, 0, 3], [0, 0, 4.0, -2], [0, -1.5, 0, 5], [0, 0, 0, 1]]))
+    field = torch.rand(2, 1, *grid.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1
+    extended, wide = extend_field(field, grid, hold_mm, fade_mm)
+    index = torch.linalg.solve(torch.tensor(grid.affine[:3, :3]), (wide.points_mm(field) - torch.tensor(grid.affine[:3, 3]))[..., None])[..., 0]
+    nearest = torch.minimum(index.clamp_min(0), torch.tensor(grid.shape) - 1.0)
+    beyond_mm = (index - nearest).abs() * torch.tensor(grid.spacing_mm)
+    border = warp(field, grid, wide)
+    held = (beyond_mm <= hold_mm + 1e-6).all(-1)
+    assert torch.allclose(extended[:, 0, held], border[:, 0, held])
+    assert (extended <= border + 1e-9).all()
+    assert (extended >= 0).all()
+    assert (beyond_mm.amax((0, 1, 2)) <= hold_mm + fade_mm + 2 * torch.tensor(grid.spacing_mm)).all()
+
+
+@pytest.mark.parametrize("outside", ["border", "zeros", "lowest"])
+def test_what_lies_outside_the_image(outside):
+    """Beyond the outer edges of its voxels: the nearest value, zero, or the smallest value of each channel; each sample by itself."""
+    grid, wide = Grid((4, 5, 6), np.eye(4)), crop_grid(Grid((4, 5, 6), np.eye(4)), [-2] * 3, [6, 7, 8])
+    image = torch.rand(2, 3, *grid.shape, generator=torch.Generator().manual_seed(0)) + 1
+    read = warp(image, grid, wide, outside=outside)
+    far = ~inside(wide.points_mm(image), grid.shape)
+    expected = {"border": warp(image, grid, wide), "zeros": torch.zeros_like(read), "lowest": image.amin((2, 3, 4), keepdim=True).expand_as(read)}
+    assert torch.allclose(read[:, :, far], expected[outside][:, :, far], atol=1e-5)
+    assert torch.allclose(read[:, :, 2:6, 2:7, 2:8], image, atol=1e-6)
+    assert torch.allclose(read[1:], warp(image[1:], grid, wide, outside=outside))
+
+
+def test_a_vote_is_for_the_nearest_voxels_label_or_for_none_outside():
+    labels = torch.zeros(4, 4, 4, dtype=torch.int16)
+    labels[2:] = 7
+    won, fraction = vote(labels, torch.tensor([[2.0, 1, 1], [1.4, 1, 1], [3.4, 1, 1], [3.6, 1, 1]]))
+    assert won.tolist() == [7, 0, 7, 0]
+    assert torch.allclose(fraction[won > 0], torch.ones(2))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_label_centres_are_the_means_of_their_voxels(seed):
+    rng = np.random.default_rng(seed)
+    labels = torch.tensor(rng.integers(0, 4, (5, 6, 7)))
+    grid = tilted(labels.shape, (1.0, 2.0, 3.0), seed)
+    points = grid.points_mm(torch.zeros(1, dtype=torch.float64))
+    assert np.allclose(label_centres_mm(labels, grid, 3), np.stack([points[labels == n].mean(0) for n in (1, 2, 3)]))
+    assert np.isnan(label_centres_mm(labels, grid, 5)[3:]).all()

@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
-from spinereg.measure.motion import bone_contacts, label_centres_mm, neighbour_motions, pose, vertebra_rigidity, world_motions
+from spinereg.measure.motion import bone_contacts, neighbour_motions, pose, vertebra_rigidity, world_motions
 from spinereg.space.fields import warp_labels
 from spinereg.space.geometry import Grid, transform_points
+from spinereg.space.images import label_centres_mm
 
 NAMES = ("L1", "L2", "L3")
 

@@ -13,9 +13,10 @@ import SimpleITK as sitk
 import torch
 
 from spinereg.files import nifti
-from spinereg.files.nifti import covering_grid, orthonormal_grid, resample, shear_deg, write_image
+from spinereg.files.nifti import write_image
 from spinereg.files.problems import InputFile, write_atomic
-from spinereg.space.geometry import Grid, transform_points
+from spinereg.space.fields import warp
+from spinereg.space.geometry import Grid, covering_grid, orthonormal_grid, shear_deg, transform_points
 
 ORIENTATIONS = [np.stack([axes, signs], 1) for axes in itertools.permutations(range(3)) for signs in itertools.product((1, -1), repeat=3)]
 LPS = np.diag([-1.0, -1, 1])
@@ -238,5 +239,5 @@ def test_sheared_grid_and_its_covering_grid(angle_deg):
 def test_resample_onto_itself_is_identity():
     grid = Grid((7, 8, 9), oblique())
     data = torch.rand(7, 8, 9)
-    assert torch.allclose(resample(data, grid, grid), data, atol=1e-5)
-    assert torch.equal(resample(data, grid, grid, "nearest"), data)
+    assert torch.allclose(warp(data[None, None], grid, grid, outside="zeros")[0, 0], data, atol=1e-5)
+    assert torch.equal(warp(data[None, None], grid, grid, mode="nearest", outside="zeros")[0, 0], data)

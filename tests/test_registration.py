@@ -21,11 +21,11 @@ from spinereg.apps.paths import given_parameters
 from spinereg.files.pairs import read_pair
 from spinereg.files.problems import InputError
 from spinereg.files.transforms import read_transform
-from spinereg.measure.motion import label_centres_mm
 from spinereg.registration.prealign import rigid_start
 from spinereg.registration.register import apply, memory_warning, register
 from spinereg.registration.scene import Scene, make_batch, make_scene, overlap_mask, working_grid
 from spinereg.space.geometry import Grid, transform_points
+from spinereg.space.images import label_centres_mm
 
 SAMPLES = Path(__file__).parent.parent / "data_samples"
 QUICK = {"spacing_mm": 3.0, "levels": (2, 1), "steps": (15, 10), "device": "cpu"}

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from spinereg.losses.similarity import LNCC, MI, MIND, box_mean, erode_mask, masked_mean, mind_ssc
+from spinereg.losses.similarity import LNCC, MI, MIND, box_mean, masked_mean, mind_ssc
+from spinereg.space.images import erode_mask
 
 LOSSES = [MIND(), LNCC(radius=3), MI()]
 

@@ -58,7 +58,7 @@ def test_A7_resampling_with_the_file_and_the_wrong_recipes(phi, tmp_path):
     moving = Grid((90, 90, 110), m_affine)
     p = moving.points_mm(torch.zeros(1))
     image = (torch.sin(p[..., 0] / 4) * torch.cos(p[..., 1] / 5) + torch.sin(p[..., 2] / 3))[None, None]
-    ours = warp(image, moving, fixed, phi.deformation(fixed), phi.rigid)[0, 0].numpy()
+    ours = warp(image, moving, fixed, phi.disp_on(fixed), phi.rigid)[0, 0].numpy()
     write_transform(tmp_path, phi)
 
     def by_itk(transform):
@@ -117,11 +117,13 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["pose.tfm"]
 
 
-def test_displacement_is_the_map_minus_the_identity(phi):
+def test_totals_are_the_map_and_its_inverse_minus_the_identity(phi):
     grid = Grid((9, 8, 7), np.array([[0, 3.0, 0, -10], [-3, 0, 0, 20], [0, 0, 5, 30], [0, 0, 0, 1]]))
-    total = phi.displacement(grid)[0].movedim(0, -1).double() @ torch.tensor(grid.axes.T)
+    total = phi.total_on(grid)[0].movedim(0, -1).double() @ torch.tensor(grid.axes.T)
     x = grid.points_mm(torch.zeros(1, dtype=torch.float64))
+    back = phi.total_inv_on(grid)[0].movedim(0, -1).double() @ torch.tensor(grid.axes.T)
     assert (x + total - phi.points(x)).abs().max() < 1e-3
+    assert (x + back - phi.inverse_points(x)).abs().max() < 1e-3
     assert sample_index(phi.disp, torch.zeros(1, 1, 3)).abs().max() < 1e-5
 
 

@@ -17,23 +17,12 @@ import torch
 from nbclient import NotebookClient
 from scipy.spatial.transform import Rotation
 
-import spinereg.interactive.view3d as module
+from spinereg.interactive import itk_viewer
+from spinereg.interactive import view3d as module
+from spinereg.interactive.bones import camera, draw_bones, first_hit, shade, trace_rays
+from spinereg.interactive.itk_viewer import install_itk_viewer
 from spinereg.interactive.stack import Stack
-from spinereg.interactive.view3d import (
-    camera,
-    choose_viewer,
-    draw_bones,
-    first_hit,
-    install_itk_viewer,
-    itk_image,
-    itk_widget,
-    label_colours,
-    look,
-    nifti_bytes,
-    niivue_widget,
-    paint,
-    view3d,
-)
+from spinereg.interactive.view3d import choose_viewer, itk_volume, itk_widget, label_colours, nifti_bytes, niivue_widget, view3d
 from spinereg.space.geometry import Grid, transform_points
 
 
@@ -60,7 +49,7 @@ UPRIGHT = Grid((40, 40, 40), np.diag([1.0, 1, 1, 1]))
 def test_depth_of_a_ball_is_the_analytic_one(angles):
     grid, radius = tilted_grid(), 17.0
     ball = ((grid.points_mm(torch.zeros(1)) - torch.from_numpy(grid.centre_mm).float()).norm(dim=-1) < radius).int()
-    sight = look(ball, grid, camera(*angles))
+    sight = trace_rays(ball, grid, camera(*angles))
     place = transform_points(np.linalg.inv(sight.grid.affine), torch.from_numpy(grid.centre_mm)[None])[0] * sight.grid.spacing_mm[0]
     x, y = torch.meshgrid(*(torch.arange(n) * sight.grid.spacing_mm[0] for n in sight.label.shape), indexing="ij")
     r = ((x - place[0]) ** 2 + (y - place[1]) ** 2).sqrt()
@@ -81,7 +70,7 @@ def test_first_hit_is_where_scipy_like_interpolation_passes_one_half():
 def test_the_nearer_bone_hides_the_farther_and_right_is_left_from_the_front():
     """Two slabs one behind the other, and a small cube on the patient's right."""
     labels = box_labels(UPRIGHT, front=((10, 25, 10), (30, 32, 30)), behind=((10, 8, 10), (30, 15, 30)), right=((32, 18, 18), (38, 24, 24)))
-    front, back, left = (look(labels, UPRIGHT, camera(azimuth)) for azimuth in (0.0, 180.0, 90.0))
+    front, back, left = (trace_rays(labels, UPRIGHT, camera(azimuth)) for azimuth in (0.0, 180.0, 90.0))
     assert set(front.label.unique().tolist()) == {0, 1, 3} and set(back.label.unique().tolist()) == {0, 2, 3}
     columns = {name: (sight.label == 3).nonzero()[:, 0].float().mean() / sight.label.shape[0] for name, sight in (("front", front), ("back", back))}
     assert columns["front"] < 0.3 and columns["back"] > 0.7
@@ -92,7 +81,7 @@ def test_labels_and_size_of_a_cuboid_agree_with_a_projection_by_hand():
     """Anisotropic voxels: what is drawn is as wide and as high as the box, in mm."""
     grid = Grid((40, 40, 12), np.diag([1.0, 1, 4, 1]))
     labels = box_labels(grid, one=((9.5, 9.5, 6), (29.5, 19.5, 38)))
-    sight = look(labels, grid, camera(0.0))
+    sight = trace_rays(labels, grid, camera(0.0))
     spacing = float(sight.grid.spacing_mm[0])
     width, height = (np.ptp((sight.label == 1).nonzero()[:, axis].numpy()) + 1 for axis in (0, 1))
     assert width * spacing == pytest.approx(20, abs=1.1) and height * spacing == pytest.approx(32, abs=2.1)
@@ -100,7 +89,7 @@ def test_labels_and_size_of_a_cuboid_agree_with_a_projection_by_hand():
 
 def test_facing_surfaces_are_brighter_than_slanting_ones():
     labels = box_labels(UPRIGHT, slab=((5, 15, 5), (35, 25, 35)))
-    flat, slanting = (paint(look(labels, UPRIGHT, camera(azimuth))) for azimuth in (0.0, 70.0))
+    flat, slanting = (shade(trace_rays(labels, UPRIGHT, camera(azimuth))) for azimuth in (0.0, 70.0))
     centre = [colours[colours.shape[0] // 3, colours.shape[1] // 2].sum() for colours in (flat, slanting)]
     assert centre[0] > centre[1]
 
@@ -117,7 +106,7 @@ def test_files_for_the_viewers_place_voxels_where_simpleitk_does(tmp_path):
     grid = tilted_grid()
     volume = torch.rand(grid.shape)
     (tmp_path / "volume.nii").write_bytes(nifti_bytes(volume, grid))
-    read, told = sitk.ReadImage(tmp_path / "volume.nii"), itk_image(volume, grid, "volume")
+    read, told = sitk.ReadImage(tmp_path / "volume.nii"), itk_volume(volume, grid, "volume")
     assert told["imageType"]["componentType"] == "float32" and told["size"] == list(read.GetSize())
     assert np.allclose(told["origin"], read.GetOrigin(), atol=1e-4) and np.allclose(told["spacing"], read.GetSpacing(), atol=1e-5)
     assert np.allclose(told["direction"], read.GetDirection(), atol=1e-5)
@@ -139,12 +128,12 @@ def no_network(monkeypatch):
         raise AssertionError("asked the network")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(module, "urlopen", refuse)
+    monkeypatch.setattr(itk_viewer, "urlopen", refuse)
 
 
 def test_d2_what_is_not_installed_is_said_at_once_and_without_the_network(monkeypatch, tmp_path, no_network):
     """D2: never a hang: the check reads folders only, and another viewer or the picture is shown."""
-    monkeypatch.setattr(module, "jupyter_path", lambda name: [str(tmp_path / name)])
+    monkeypatch.setattr(itk_viewer, "jupyter_path", lambda name: [str(tmp_path / name)])
     start = time.perf_counter()
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     engine, words = choose_viewer("niivue")
@@ -171,12 +160,12 @@ def packed(files):
 
 def test_d2_itk_viewer_is_unpacked_from_a_file_and_replaces_an_older_one(monkeypatch, tmp_path, no_network):
     """D2: a machine without a network gets the viewer by hand; any other file is refused and changes nothing."""
-    monkeypatch.setattr(module, "jupyter_data_dir", lambda: str(tmp_path / "data"))
+    monkeypatch.setattr(itk_viewer, "jupyter_data_dir", lambda: str(tmp_path / "data"))
     wanted = {"itkVtkViewer.js": b"viewer", "itk/pipeline/Downsample.wasm": b"wasm"}
     left_out = {"package/dist/itk/image-io/big.wasm": b"big", "package/src/index.js": b"source", "package/package.json": b"{}"}
     archive = packed({f"package/dist/{name}": content for name, content in wanted.items()} | left_out)
     (tmp_path / "viewer.tgz").write_bytes(archive)
-    monkeypatch.setattr(module, "ITK_VIEWER_SHA512", base64.b64encode(hashlib.sha512(archive).digest()).decode())
+    monkeypatch.setattr(itk_viewer, "ITK_VIEWER_SHA512", base64.b64encode(hashlib.sha512(archive).digest()).decode())
     old = tmp_path / "data/labextensions/itk-vtk-viewer/old.js"
     old.parent.mkdir(parents=True)
     old.touch()

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'PENALTY', 'parameter_map', 'own_frame', 'write_inputs', 'read_disp', 'ElastixError', 'compute',
-           'how_it_ended', 'run_child', 'Found', 'read_history', 'solve', 'fade_out', 'ElastixSettings', 'need_elastix',
-           'bone_mask', 'register_elastix']
+           'how_it_ended', 'run_child', 'Found', 'read_history', 'solve', 'whole_transform', 'ElastixSettings',
+           'need_elastix', 'bone_mask', 'register_elastix']
 
 # %% ../../nbs/60_compare.elastix.ipynb #e71eb5c2
 import inspect
@@ -27,7 +27,6 @@ import numpy as np
 import pandas as pd
 import SimpleITK as sitk
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
@@ -38,8 +37,8 @@ from ..registration.register import Inputs, conclude, prepare
 from ..registration.results import Registration
 from ..registration.run import PROGRESS, in_range, whole
 from ..registration.scene import Scene, make_batch
-from ..space.fields import invert, warp_labels
-from ..space.geometry import Grid, crop_grid
+from ..space.fields import extend_field, invert, warp_labels
+from ..space.geometry import Grid
 
 # %% ../../nbs/60_compare.elastix.ipynb #c85cad67
 PUBLISHED = {  # three numbers: one per level, from coarse to fine
@@ -227,20 +226,14 @@ def solve(
         return Found(read_disp(folder), read_history(folder, float(level.grid.spacing_mm[0])))
 
 # %% ../../nbs/60_compare.elastix.ipynb #34ff149e
-def fade_out(
-    disp: Float[Tensor, "1 3 i j k"],  # mm
-    grid: Grid,  # of it
-    fade_mm: float = 20.0,  # at least; more where the displacement is larger than half of it
-) -> tuple[Float[Tensor, "1 3 x y z"], Grid]:
-    "Extend a displacement beyond its grid until it is zero."
-    reach_mm = max(fade_mm, 2 * float(disp.norm(dim=1).max()))
-    margin = np.ceil(reach_mm / grid.spacing_mm).astype(int) + 1
-    wide = crop_grid(grid, -margin, margin + grid.shape)
-    index, last = wide.voxels(disp) - torch.as_tensor(margin).to(disp), torch.tensor(grid.shape).to(disp) - 1
-    beyond_mm = (torch.maximum(-index, index - last).clamp_min(0) * torch.as_tensor(grid.spacing_mm).to(disp)).norm(dim=-1)
-    s = (beyond_mm / reach_mm).clamp(max=1)
-    extended = F.pad(disp, [int(n) for n in np.repeat(margin[::-1], 2)], mode="replicate")
-    return extended * (1 - s * s * (3 - 2 * s)), wide
+def whole_transform(
+    disp: Float[Tensor, "1 3 i j k"],  # mm, along the axes of `grid`
+    grid: Grid,
+    rigid: np.ndarray,  # (4, 4) pre-alignment, fixed -> moving, RAS mm
+) -> SpineTransform:
+    "The map of the whole world, and its inverse, for a displacement on a grid."
+    disp, wide = extend_field(disp, grid, hold_mm=0.0, fade_mm=max(20.0, 2 * float(disp.norm(dim=1).max())))
+    return SpineTransform(wide, disp, invert(disp, wide), rigid)
 
 # %% ../../nbs/60_compare.elastix.ipynb #860d4e3f
 @dataclass(frozen=True, kw_only=True)
@@ -314,8 +307,7 @@ def register_elastix(
     bone = bone_mask(scene, grid) if weight_rigidity > 0 else None
     settings = parameter_map(grid_spacing_mm, iterations, samples, weight_similarity, 0.0 if bone is None else weight_rigidity, seed)
     found = solve(make_batch(scene, grid, spacing_mm), bone, settings, timeout_s)
-    disp, wide = fade_out(found.disp, grid)
-    transform = SpineTransform(wide, disp, invert(disp, wide), prepared.start.rigid)
+    transform = whole_transform(found.disp, grid, prepared.start.rigid)
     prepared.clock.lap("elastix")
     parameters = {name: value for name, value in given.as_dict().items() if name != "device"}
     return conclude(prepared, transform, found.history, parameters | {"itk_elastix": version("itk-elastix")}, out_dir)

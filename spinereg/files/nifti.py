@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['missing_file', 'file_bytes', 'open_nifti', 'scalar_volume', 'usable', 'read_qform', 'header_affines', 'choose_affine',
-           'shear_deg', 'orthonormal_grid', 'covering_grid', 'resample', 'NativeSpace', 'read_nifti', 'write_image']
+           'NativeSpace', 'read_nifti', 'write_image']
 
 # %% ../../nbs/12_files.nifti.ipynb #d50821e5
 import gzip
@@ -21,7 +21,7 @@ from nibabel.wrapstruct import WrapStructError
 from torch import Tensor
 
 from .problems import InputError, InputFile, write_atomic
-from ..space.geometry import Grid, from_ras, index_map, sample_index, to_ras, transform_points
+from ..space.geometry import Grid, from_ras, orthonormal_grid, shear_deg, to_ras
 
 # %% ../../nbs/12_files.nifti.ipynb #20209c1b
 def missing_file(
@@ -150,49 +150,6 @@ def choose_affine(
         if apart_mm > 0.1:
             file.notice(f"sform and qform put a corner {apart_mm:.1f} mm apart; the sform is used")
     return affines[used].astype(np.float64)
-
-# %% ../../nbs/12_files.nifti.ipynb #743e3d3c
-def shear_deg(
-    grid: Grid,
-) -> float:  # largest deviation from 90 degrees between two axes
-    "How far a grid's axes are from orthogonal."
-    cosines = (grid.axes.T @ grid.axes)[np.triu_indices(3, 1)]
-    return float(np.degrees(np.arcsin(np.abs(cosines).clip(max=1))).max())
-
-
-def orthonormal_grid(
-    grid: Grid,
-) -> Grid:  # same shape, spacing and centre
-    "The nearest grid with orthogonal axes."
-    left, _, right = np.linalg.svd(grid.axes)
-    affine = np.eye(4)
-    affine[:3, :3] = left @ right * grid.spacing_mm
-    affine[:3, 3] = grid.centre_mm - affine[:3, :3] @ ((np.array(grid.shape) - 1) / 2)
-    return Grid(grid.shape, affine)
-
-# %% ../../nbs/12_files.nifti.ipynb #ec3c72fe
-def covering_grid(
-    grid: Grid,
-) -> Grid:  # orthonormal, same spacing
-    "The smallest grid with orthogonal axes that covers the box of a sheared one."
-    upright = orthonormal_grid(grid)
-    corners = grid.corners_mm() @ upright.axes
-    low, high = corners.min(0), corners.max(0)
-    shape = np.ceil((high - low) / grid.spacing_mm - 1e-6).astype(int)
-    affine = upright.affine.copy()
-    affine[:3, 3] = upright.axes @ ((low + high) / 2 - grid.spacing_mm * (shape - 1) / 2)
-    return Grid(tuple(int(n) for n in shape), affine)
-
-
-def resample(
-    data: Float[Tensor, "i j k"],
-    grid: Grid,  # of `data`
-    onto: Grid,
-    mode: str = "bilinear",  # or "nearest"
-) -> Float[Tensor, "x y z"]:  # zero outside
-    "Read a volume at the voxels of another grid."
-    index = transform_points(index_map(onto, grid), onto.voxels(data))
-    return sample_index(data[None, None], index[None], mode, "zeros")[0, 0]
 
 # %% ../../nbs/12_files.nifti.ipynb #dff3fd9d
 @dataclass(frozen=True, eq=False)

@@ -19,9 +19,11 @@ from scipy import ndimage
 from torch import Tensor
 
 from .labels import upside_down, vertebra_values
-from .nifti import NativeSpace, covering_grid, read_nifti, resample, shear_deg, write_image
+from .nifti import NativeSpace, read_nifti, write_image
 from .problems import InputFile, Notice
-from ..space.geometry import Grid, transform_points
+from ..space.fields import warp
+from ..space.geometry import Grid, covering_grid, shear_deg
+from ..space.images import label_centres_mm
 
 # %% ../../nbs/13_files.volumes.ipynb #83eebc07
 def fill_missing(
@@ -69,8 +71,9 @@ def read_image(
     measured = torch.from_numpy(np.isfinite(data))
     if shear_deg(native.grid) >= 0.5:
         background, grid = values.min(), covering_grid(native.grid)
-        values = resample(values - background, native.grid, grid) + background
-        measured = resample(measured.float(), native.grid, grid) > 0.99
+        both = torch.stack([values - background, measured.float()])[None]
+        values, measured = warp(both, native.grid, grid, outside="zeros")[0]
+        values, measured = values + background, measured > 0.99
     return Volume(values, grid, native, None if measured.all() else measured, tuple(file.notices))
 
 # %% ../../nbs/13_files.volumes.ipynb #640ea2c3
@@ -173,7 +176,8 @@ def onto_image(
     if same_shape and apart_mm > native.grid.spacing_mm.min() / 2:
         reason = f"it has its image's shape, but its header puts it up to {apart_mm:.1f} mm away ({boxes})"
         raise file.error(reason, "One header is wrong; if the voxels belong together, copy the image's affine.")
-    placed = resample(torch.from_numpy(values).float(), native.grid, image.grid, "nearest").numpy().astype(np.int32)
+    placed = warp(torch.from_numpy(values)[None, None].float(), native.grid, image.grid, mode="nearest", outside="zeros")
+    placed = placed[0, 0].numpy().astype(np.int32)
     if values.any() and not placed.any():
         raise file.error(f"no label lies inside its image ({boxes})", "Give the label map of this image.")
     if apart_mm > 0.01 or not same_shape:
@@ -229,9 +233,7 @@ def notice_upside_down(
     file: InputFile,
 ) -> None:
     "Note if the named vertebrae run up the spine."
-    boxes = ndimage.find_objects(numbers.numpy())
-    middles = torch.tensor([[(side.start + side.stop - 1) / 2 for side in box] for box in boxes], dtype=torch.float64)
-    if upside_down(transform_points(grid.affine, middles)[:, 2].numpy()):
+    if upside_down(label_centres_mm(numbers, grid, len(names))[:, 2]):
         file.notice(f"{names[0]} to {names[-1]} run UPWARDS in this file; is its label scheme the right one?")
 
 

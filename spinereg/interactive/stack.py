@@ -6,10 +6,10 @@
 __all__ = ['ORDER', 'Stack', 'images_onto', 'pair_stack', 'result_stack', 'as_stack', 'vertebrae_at', 'label_centre']
 
 # %% ../../nbs/71_interactive.stack.ipynb #af06103d
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -17,9 +17,9 @@ from torch import Tensor
 from ..files.labels import VERTEBRAE
 from ..files.pairs import Pair
 from ..files.volumes import renumber
-from ..registration.register import read_through
 from ..registration.results import Registration
-from ..space.geometry import Grid, transform_points
+from ..space.fields import warp, warp_labels
+from ..space.geometry import Grid
 
 # %% ../../nbs/71_interactive.stack.ipynb #4a3bb231
 class Stack(NamedTuple):
@@ -38,15 +38,15 @@ class Stack(NamedTuple):
 def images_onto(
     pair: Pair,
     grid: Grid,
-    maps: Mapping[str, Callable[[Tensor], Tensor] | None],  # by name: from the world of `grid` to that of the moving image; None: the fixed one
+    maps: Mapping[str, tuple[Tensor | None, np.ndarray | None] | None],  # by name: disp and rigid, to read the moving image through; None: fixed
 ) -> tuple[dict[str, Float[Tensor, "i j k"]], dict[str, Int[Tensor, "i j k"]], tuple[str, ...]]:  # images, label maps, names of the vertebrae in them
     "Images and label maps of a pair on one grid, all labels with the same numbers."
     images, found = {}, {}
     for name, phi in maps.items():
         image, labels = (pair.moving, pair.moving_labels) if phi else (pair.fixed, pair.fixed_labels)
-        images[name] = read_through(image.data, image.grid, grid, phi or (lambda x: x))
+        images[name] = warp(image.data[None, None], image.grid, grid, *(phi or ()), outside="lowest")[0, 0]
         if labels is not None:
-            found[name] = read_through(labels.data, labels.grid, grid, phi or (lambda x: x)), labels.names
+            found[name] = warp_labels(labels.data[None], labels.grid, grid, *(phi or ()))[0][0], labels.names
     seen = {own[number - 1] for data, own in found.values() for number in data.unique().tolist() if number > 0}
     names = tuple(name for name in VERTEBRAE if name in seen)
     labels = {name: renumber(data, own, names) for name, (data, own) in found.items()}
@@ -57,7 +57,7 @@ def pair_stack(
     pair: Pair,
 ) -> Stack:
     "A pair before registration, on the fixed image's grid, where the headers put it."
-    images, labels, names = images_onto(pair, pair.fixed.grid, {"fixed": None, "moving": lambda x: x})
+    images, labels, names = images_onto(pair, pair.fixed.grid, {"fixed": None, "moving": (None, None)})
     return Stack(pair.fixed.grid, images, {"fixed": pair.fixed_modality, "moving": pair.moving_modality}, labels, names, pd.DataFrame())
 
 # %% ../../nbs/71_interactive.stack.ipynb #33aeed74
@@ -66,15 +66,11 @@ def result_stack(
 ) -> Stack:
     "A registered pair, on the working grid."
     pair, grid, transform = result.pair, result.view.grid, result.transform
-
-    def phi(x):
-        return transform.points(x.to(transform.disp.device)).cpu()
-
-    maps = {"fixed": None, "moving": partial(transform_points, transform.rigid), "moved": phi}
+    disp = transform.disp_on(grid).cpu()
+    maps = {"fixed": None, "moving": (None, transform.rigid), "moved": (disp, transform.rigid)}
     images, labels, names = images_onto(pair, grid, maps)
     modalities = {name: pair.fixed_modality if name == "fixed" else pair.moving_modality for name in maps}
-    disp = transform.deformation(grid)[0].cpu()
-    return Stack(grid, images, modalities, labels, names, result.vertebrae, result.view.jacobian_det.cpu(), disp)
+    return Stack(grid, images, modalities, labels, names, result.vertebrae, result.view.jacobian_det.cpu(), disp[0])
 
 
 def as_stack(

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import pandas as pd
 import torch
 
-from ..files.nifti import write_atomic
+from ..files.problems import write_atomic
 from .learner import Learner, Progress
 from ..losses.objective import Weights
 from ..registration.networks import save_weights

@@ -18,7 +18,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from ..space.fields import compose, determinant
-from ..space.geometry import Grid
+from ..space.geometry import Grid, inside
 
 # %% ../../nbs/31_measure.metrics.ipynb #b81e9587
 class Regularity(NamedTuple):
@@ -97,8 +97,8 @@ def round_trip(
 ) -> RoundTrip:
     "Inverse consistency of two fields, where the first stays inside the grid."
     index = grid.voxels(disp) + disp[0].movedim(0, -1) / torch.as_tensor(grid.spacing_mm).to(disp)
-    inside = ((index >= 0) & (index <= torch.tensor(grid.shape).to(disp) - 1)).all(-1)
-    error = compose(disp_inv, disp, grid)[0].norm(dim=0)[inside if mask is None else inside & mask[0]].detach().cpu().double().numpy()
+    stays = inside(index, grid.shape, 0.0)
+    error = compose(disp_inv, disp, grid)[0].norm(dim=0)[stays if mask is None else stays & mask[0]].detach().cpu().double().numpy()
     if not len(error):
         raise ValueError("round_trip: no voxel of the mask stays inside the grid; is the displacement in mm, and smaller than the grid?")
     return RoundTrip(float(error.mean()), float(np.quantile(error, 0.99)), float(error.max()))

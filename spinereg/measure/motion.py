@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['Rigidity', 'voxel_figures', 'vertebra_rigidity', 'world_motions', 'neighbour_motions', 'Pose', 'pose',
-           'label_centres_mm', 'vertebra_axes', 'Contact', 'interpenetration', 'box_in_world', 'meeting_grid',
-           'bone_contacts']
+           'vertebra_axes', 'Contact', 'interpenetration', 'box_in_world', 'meeting_grid', 'bone_contacts']
 
 # %% ../../nbs/30_measure.motion.ipynb #441e4a22
 import itertools
@@ -126,18 +125,6 @@ def pose(
     alpha, beta, gamma = Rotation.from_matrix(turn).as_euler("XYZ", degrees=True)
     angle = rotation_angle_deg(torch.as_tensor(turn))
     return Pose(*map(float, (*step, np.linalg.norm(step), angle, -alpha, beta, gamma)))
-
-# %% ../../nbs/30_measure.motion.ipynb #193dbd0b
-def label_centres_mm(
-    labels: Int[Tensor, "i j k"],  # 0 is background
-    grid: Grid,
-    n: int,  # number of vertebrae, the largest label
-) -> np.ndarray:  # (n, 3) world, RAS mm; NaN for a label without voxels
-    "Centroid of every label."
-    counts = ndimage.sum_labels(labels.cpu().numpy() > 0, labels.cpu().numpy(), range(1, n + 1))
-    index = np.full((n, 3), np.nan)
-    index[counts > 0] = ndimage.center_of_mass(np.ones(labels.shape), labels.cpu().numpy(), np.flatnonzero(counts) + 1)
-    return index @ grid.affine[:3, :3].T + grid.affine[:3, 3]
 
 # %% ../../nbs/30_measure.motion.ipynb #7e5a017d
 def vertebra_axes(

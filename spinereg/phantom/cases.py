@@ -9,7 +9,6 @@ __all__ = ['DIFFICULTIES', 'BODY_MARKS', 'SOFT_MARKS', 'Demands', 'oriented_grid
            'truth_table', 'write_case', 'case_facts']
 
 # %% ../../nbs/83_phantom.cases.ipynb #59dcc12f
-import csv
 import gzip
 import json
 from dataclasses import dataclass
@@ -25,13 +24,13 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from ..files.labels import SCHEMES
-from ..files.pairs import COORDINATES, Landmarks
+from ..files.pairs import Landmarks, write_landmarks
 from ..files.problems import write_together
 from ..measure.pictures import AXIAL, CORONAL, SAGITTAL, Picture, show_outlines, show_slice
 from .posture import Truth, bend_spine, bone_points, clearances_mm, inverse_map, smallest_jacobian
 from .spine import Vertebra, anchors, build_spine, vertebra_distance
 from .tissues import build_anatomy, ct_scan, mr_scan, render, streaks
-from ..space.geometry import Grid, to_ras, transform_points
+from ..space.geometry import Grid, inside, to_ras, transform_points
 from ..space.rigid import procrustes
 
 # %% ../../nbs/83_phantom.cases.ipynb #fb044429
@@ -96,18 +95,18 @@ def within(
 ) -> Bool[Tensor, " p"]:
     "Which points an image shows."
     index = transform_points(np.linalg.inv(grid.affine), points)
-    return ((index >= margin - 0.5) & (index <= torch.tensor(grid.shape) - 0.5 - margin)).all(-1)
+    return inside(index, grid.shape, 0.5 - margin)
 
 # %% ../../nbs/83_phantom.cases.ipynb #56bbe6b9
 def presence(
     vertebrae: tuple[Vertebra, ...],
     poses: np.ndarray,  # (n, 4, 4)
-    inside: list[Tensor],  # per vertebra (p, 3) points in it, own frame
+    insides: list[Tensor],  # per vertebra (p, 3) points in it, own frame
     grid: Grid,
 ) -> tuple[str, ...]:  # per vertebra "whole", "cut" or "absent"
     "How much of every vertebra an image shows."
     seen = []
-    for pose, points in zip(poses, inside):
+    for pose, points in zip(poses, insides):
         shown = within(grid, transform_points(pose, points), margin=1.0)
         seen.append("whole" if shown.all() else "cut" if shown.any() else "absent")
     return tuple(seen)
@@ -149,12 +148,12 @@ def in_view(
 
 def place_bone_landmarks(
     truth: Truth,
-    inside: list[Tensor],  # per vertebra (p, 3) points in it, own frame
+    insides: list[Tensor],  # per vertebra (p, 3) points in it, own frame
     ct_grid: Grid,
     mr_grid: Grid,
 ) -> Landmarks:
     "Landmarks on the vertebrae that both images show whole."
-    in_mr, in_ct = (presence(truth.vertebrae, truth.poses[k], inside, grid) for k, grid in ((0, mr_grid), (-1, ct_grid)))
+    in_mr, in_ct = (presence(truth.vertebrae, truth.poses[k], insides, grid) for k, grid in ((0, mr_grid), (-1, ct_grid)))
     names, owners, fixed, moving = [], [], [torch.zeros(0, 3, dtype=torch.float64)], [torch.zeros(0, 3, dtype=torch.float64)]
     for k, v in enumerate(truth.vertebrae):
         if in_mr[k] == in_ct[k] == "whole":
@@ -244,17 +243,17 @@ def draw_truth(
     demands, rng = DIFFICULTIES[difficulty], np.random.default_rng([seed, 0])
     centre = rng.uniform(-1, 1, 3) * [15, 40, 300]
     vertebrae = build_spine("T11", "L5", seed, rng.uniform(*demands.scale), demands.span_mm, centre)
-    inside = [bone_points(v) for v in vertebrae]
+    insides = [bone_points(v) for v in vertebrae]
     ct_grid, mr_grid = scanner_grids(difficulty, centre, rng)
     for attempt in range(400):
         truth = draw_motion(vertebrae, demands, rng, 0.98 ** (attempt % 50))
-        bone = place_bone_landmarks(truth, inside, ct_grid, mr_grid)
+        bone = place_bone_landmarks(truth, insides, ct_grid, mr_grid)
         if len(set(bone.vertebra)) < 3:
             continue
         start, rigid = start_and_rigid_mm(bone)
         fits = demands.start_mm[0] <= start <= demands.start_mm[1] and rigid >= demands.rigid_mm
-        if fits and min(min(clearances_mm(vertebrae, poses, inside)) for poses in truth.poses) > 0.6 and smallest_jacobian(truth, inside) > 0.16:
-            return truth, ct_grid, mr_grid, inside
+        if fits and min(min(clearances_mm(vertebrae, poses, insides)) for poses in truth.poses) > 0.6 and smallest_jacobian(truth, insides) > 0.16:
+            return truth, ct_grid, mr_grid, insides
     raise ValueError(f"no {difficulty} motion found for seed {seed}; try another seed")
 
 # %% ../../nbs/83_phantom.cases.ipynb #c0669fc5
@@ -292,7 +291,7 @@ def make_case(
     seed: int = 0,
 ) -> PhantomCase:
     "Draw a person and a motion, and put the person into both scanners."
-    truth, ct_grid, mr_grid, inside = draw_truth(difficulty, seed)
+    truth, ct_grid, mr_grid, insides = draw_truth(difficulty, seed)
     contrast, values = DIFFICULTIES[difficulty].contrast, verse_values(truth.vertebrae)
     anatomy = build_anatomy(truth.vertebrae, seed, contrast)
     ct, ct_label = render(anatomy, ct_grid, ("ct",))
@@ -301,9 +300,9 @@ def make_case(
     poor = (2.0 - contrast) ** 2
     ct = ct[0] + streaks(ct_grid, seed) if difficulty == "hard" else ct[0]
     t1, t2 = (mr_scan(image, mr_grid, seed + 1000 * i, 0.02 * poor, 0.1 * poor) for i, image in enumerate(mr))
-    in_ct = presence(truth.vertebrae, truth.poses[-1], inside, ct_grid)
-    in_mr = presence(truth.vertebrae, truth.poses[0], inside, mr_grid)
-    bone = place_bone_landmarks(truth, inside, ct_grid, mr_grid)
+    in_ct = presence(truth.vertebrae, truth.poses[-1], insides, ct_grid)
+    in_mr = presence(truth.vertebrae, truth.poses[0], insides, mr_grid)
+    bone = place_bone_landmarks(truth, insides, ct_grid, mr_grid)
     marks = case_landmarks(truth, bone, ct_grid, mr_grid)
     ct, ct_mask, mr_mask = ct_scan(ct, seed, 16.0 * poor), values[ct_label], values[mr_label]
     start_mm, rigid_mm = start_and_rigid_mm(bone)
@@ -358,17 +357,8 @@ def write_case(
             image.set_sform(grid.affine, 1)
             (aside / f"{name}.nii.gz").write_bytes(gzip.compress(image.to_bytes(), 6, mtime=0))
         (aside / "truth.json").write_bytes(json.dumps(truth_table(case), indent=1).encode())
-        _write_landmarks(case.landmarks, aside / "landmarks.csv")
+        write_landmarks(aside / "landmarks.csv", case.landmarks)
     return Path(folder)
-
-
-def _write_landmarks(landmarks: Landmarks, path: Path) -> None:
-    points = torch.cat([landmarks.fixed_mm, landmarks.moving_mm], 1).tolist()
-    with open(path, "w", newline="") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(["name", "vertebra", *COORDINATES])
-        for name, vertebra, row in zip(landmarks.names, landmarks.vertebra, points):
-            table.writerow([name, vertebra, *(f"{value:.5f}" for value in row)])
 
 # %% ../../nbs/83_phantom.cases.ipynb #e264f26a
 def case_facts(

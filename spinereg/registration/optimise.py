@@ -16,7 +16,6 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
@@ -29,8 +28,9 @@ from ..measure.metrics import mean_dice
 from ..measure.snapshot import Snapshot, take_snapshot
 from .run import PROGRESS, Step
 from .scene import Scene, make_batch
-from ..space.fields import blur, integrate, resample_field, warp, warp_labels
+from ..space.fields import extend_field, integrate, resample_field, warp, warp_labels
 from ..space.geometry import Grid, crop_grid, respace_grid
+from ..space.images import blur
 
 # %% ../../nbs/43_registration.optimise.ipynb #1940c18f
 def parameter_grid(
@@ -178,14 +178,6 @@ def make_transform(
     fade_mm: float = 20.0,
 ) -> SpineTransform:
     "Extend a velocity beyond its grid until it fades, and integrate it both ways."
-    spacing = float(grid.spacing_mm[0])
-    flat = int(np.ceil(float(velocity.abs().max()) / spacing)) + 1
-    margin = flat + int(np.ceil(fade_mm / spacing))
-    wide = crop_grid(grid, [-margin] * 3, np.array(grid.shape) + margin)
-    extended = F.pad(velocity, [margin] * 6, mode="replicate")
-    for axis, n in enumerate(grid.shape, start=2):
-        index = torch.arange(n + 2 * margin, device=velocity.device) - margin
-        beyond = torch.maximum(-index, index - (n - 1)).clamp_min(0)
-        s = ((beyond - flat) / (margin - flat)).clamp(0, 1).to(velocity)
-        extended = extended * (1 - s * s * (3 - 2 * s)).view([-1 if a == axis else 1 for a in range(5)])
-    return SpineTransform(wide, integrate(extended, wide), integrate(-extended, wide), rigid)
+    hold_mm = float(velocity.abs().max()) + float(grid.spacing_mm.max())
+    wide_velocity, wide = extend_field(velocity, grid, hold_mm, fade_mm)
+    return SpineTransform(wide, integrate(wide_velocity, wide), integrate(-wide_velocity, wide), rigid)

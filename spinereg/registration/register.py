@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PREALIGN', 'prealign_fault', 'scheme_faults', 'fault_of', 'Inputs', 'schedule_fault', 'Settings', 'memory_gb',
            'memory_warning', 'Prepared', 'label_tables', 'read_inputs', 'prepare', 'stay', 'ask_network', 'conclude',
-           'register', 'read_through', 'apply_points', 'apply_image', 'apply']
+           'register', 'carry', 'read_values', 'apply_points', 'apply']
 
 # %% ../../nbs/47_registration.register.ipynb #81bd1d90
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,8 +36,8 @@ from .report import Metrics, RunRecord
 from .results import Registration, measure
 from .run import Clock, Step, choose_device, environment, frees_memory, in_range, one_of, refuse, weights_changed, whole
 from .scene import Scene, make_batch, make_scene, working_grid
-from ..space.fields import inside, vote
-from ..space.geometry import Grid, crop_grid, sample_index, transform_points
+from ..space.fields import warp, warp_labels
+from ..space.geometry import Grid, slabs
 
 # %% ../../nbs/47_registration.register.ipynb #438211ab
 PREALIGN = ("header", "centres", "labels", "search", "auto")  # ways to a rigid start, beside a transform file
@@ -324,24 +324,33 @@ def register(
     return conclude(prepared, transform, found.history, settings.as_dict(), out_dir, found.stopped)
 
 # %% ../../nbs/47_registration.register.ipynb #e73047e1
-def read_through(
-    data: Shaped[Tensor, "i j k"],  # values; integers are labels
+def carry(
+    values: Shaped[Tensor, "i j k"],  # an image; integers are labels
     grid: Grid,
     onto: Grid,
-    where: Callable[[Tensor], Tensor],  # world points of `onto` -> world points of `data`
-) -> Shaped[Tensor, "x y z"]:  # the smallest value outside
-    "Read an image (linear) or labels (by vote) through a map of the world, slab by slab."
-    to_index, rows = np.linalg.inv(grid.affine), []
-    for i in range(onto.shape[0]):
-        slab = crop_grid(onto, [i, 0, 0], [i + 1, *onto.shape[1:]]).points_mm(torch.zeros(1, dtype=torch.float64))
-        index = transform_points(to_index, where(slab)).float().reshape(-1, 3)
-        if data.is_floating_point():
-            rows.append(torch.where(inside(index, grid), sample_index(data[None, None], index[None])[0, 0], data.min()))
-        else:
-            rows.append(vote(data, index)[0])
-    return torch.stack(rows).view(onto.shape)
+    phi: SpineTransform,
+    to: str,  # the world of `onto`: "fixed" or "moving"
+) -> Shaped[Tensor, "x y z"]:  # the smallest value outside; 0 for labels
+    "Read an image (linear) or labels (by vote) through a transform or its inverse."
+    disp, rigid = (phi.disp_on(onto), phi.rigid) if to == "fixed" else (phi.total_inv_on(onto), None)
+    if values.is_floating_point():
+        return warp(values[None, None], grid, onto, disp, rigid, outside="lowest")[0, 0]
+    return warp_labels(values[None], grid, onto, disp, rigid)[0][0]
 
 # %% ../../nbs/47_registration.register.ipynb #54c9f25e
+def read_values(
+    what: str | Path,
+    labels: bool,  # True reads whole numbers
+) -> tuple[Shaped[Tensor, "i j k"], Grid, Sequence[Notice]]:
+    "The voxels of an image or a label map of any scheme, and what was noticed about it."
+    if not labels:
+        image = read_image(what, "what")
+        return image.data, image.grid, image.notices
+    file = InputFile("what", what)
+    data, native = read_nifti(file)
+    return torch.from_numpy(whole_numbers(data, file)), native.grid, file.notices
+
+
 def apply_points(
     path: Path,  # CSV with columns x_mm, y_mm, z_mm
     out: Path,
@@ -354,28 +363,7 @@ def apply_points(
     table[columns] = where(torch.tensor(table[columns].to_numpy(float))).numpy()
     return write_atomic(out, partial(table.to_csv, index=False))
 
-
-def apply_image(
-    file: InputFile,  # image or label map
-    out: Path,
-    onto: str | Path,  # image whose voxels the result gets
-    where: Callable[[Tensor], Tensor],  # world points of `onto` -> world points of the file
-    labels: bool,
-) -> Path:  # the file written
-    "Read an image or a label map at the voxels of another image."
-    target = read_image(onto, "onto")
-    if labels:
-        data, native = read_nifti(file)
-        values, grid = torch.from_numpy(whole_numbers(data, file)), native.grid
-        kind, notices = np.min_scalar_type(int(values.max())).name, file.notices
-    else:
-        image = read_image(file.path, file.name)
-        values, grid, kind, notices = image.data, image.grid, "float32", image.notices
-    for notice in (*target.notices, *notices):
-        print(notice)
-    return write_image(out, read_through(values, grid, target.native.grid, where), target.native, kind)
-
-
+# %% ../../nbs/47_registration.register.ipynb #48fb8b73
 def apply(
     transform: str | Path,  # transform.h5 or the folder with it, from `register`
     what: str | Path,  # image or label map (NIfTI), or points: a CSV with columns x_mm, y_mm, z_mm (RAS)
@@ -387,9 +375,13 @@ def apply(
     "Carry an image, a label map or points through a saved transform."
     refuse("apply", [one_of("to", to, ("fixed", "moving"))])
     phi = read_transform(transform)
-    forward, backward = (phi.points, phi.inverse_points) if to == "fixed" else (phi.inverse_points, phi.points)
     if str(what).endswith(".csv"):
-        return apply_points(Path(what), Path(out), backward)
+        return apply_points(Path(what), Path(out), phi.inverse_points if to == "fixed" else phi.points)
     if onto is None:
         raise ValueError("apply: onto=None: expected the image whose voxels the result gets, such as the fixed image")
-    return apply_image(InputFile("what", what), Path(out), onto, forward, labels)
+    target = read_image(onto, "onto")
+    values, grid, notices = read_values(what, labels)
+    for notice in (*target.notices, *notices):
+        print(notice)
+    carried = torch.cat([carry(values, grid, part, phi, to) for part in slabs(target.native.grid)])
+    return write_image(out, carried, target.native, np.min_scalar_type(int(values.max())).name if labels else "float32")

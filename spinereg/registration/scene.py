@@ -17,9 +17,9 @@ from torch import Tensor
 from ..files.pairs import Pair
 from ..files.volumes import Labels, normalise, renumber
 from ..losses.objective import Batch
-from ..losses.similarity import erode_mask
-from ..space.fields import coarsen, coverage, warp, warp_labels
+from ..space.fields import warp, warp_labels
 from ..space.geometry import Grid, crop_grid, respace_grid
+from ..space.images import coarsen, coverage, erode_mask
 
 # %% ../../nbs/41_registration.scene.ipynb #e4906880
 class Scene(NamedTuple):

@@ -36,6 +36,7 @@ def procrustes(
     weight: Float[Tensor, " p"],  # such as the soft label
     segment: Int[Tensor, " p"],  # 0 ... n-1, the bone each point belongs to
     n: int,  # number of bones
+    prior: float = 0.0,  # weight of no rotation, relative to what the points say
 ) -> RigidMotions:  # identity for a bone without points
     "Weighted least-squares rigid motion of every bone, in closed form (Umeyama, PAMI 1991)."
     total = _sum_by(weight, segment, n).clamp_min(torch.finfo(weight.dtype).tiny)[:, None]
@@ -43,8 +44,10 @@ def procrustes(
     mean_y = _sum_by(weight[:, None] * moved, segment, n) / total
     x, y = points - mean_x[segment], moved - mean_y[segment]
     H = _sum_by(weight[:, None, None] * x[:, :, None] * y[:, None, :], segment, n) / total[..., None]
-    U, _, Vt = torch.linalg.svd(H.double())
-    flip = torch.ones_like(H[:, 0]).double()
+    H = H.double()
+    H = H + prior * (H.norm(dim=(1, 2), keepdim=True) + 1e-9) * torch.eye(3).to(H)
+    U, _, Vt = torch.linalg.svd(H)
+    flip = torch.ones_like(H[:, 0])
     flip[:, 2] = torch.linalg.det(Vt.mT @ U.mT).sign()
     R = ((Vt.mT * flip[:, None]) @ U.mT).to(points)
     return RigidMotions(R, mean_y - (R @ mean_x[..., None])[..., 0])
