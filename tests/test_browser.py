@@ -121,7 +121,7 @@ from spinereg.registration.run import weights_changed
 
 monitor, number, heard = TrainingMonitor(), ipywidgets.Label(), []
 display(number, monitor)
-monitor.buttons.stop.on_click(lambda _: heard.append(monitor.log.steps))
+monitor.controls.stop.on_click(lambda _: heard.append(monitor.log.steps))
 
 def watch(step):
     monitor(step)

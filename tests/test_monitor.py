@@ -18,8 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from spinereg.interactive.monitor import Budget, Buttons, TrainingMonitor, Wishes, clock, grow, thin
+from spinereg.interactive.monitor import Budget, TrainingMonitor, clock
+from spinereg.interactive.steering import Controls, Requests, add_run
 from spinereg.losses.objective import TERMS, Weights
+from spinereg.measure.curves import grow, thin
 from spinereg.measure.pictures import Overview
 from spinereg.registration.run import Step
 from spinereg.space.geometry import Grid
@@ -107,11 +109,11 @@ def test_d3_stop_and_weights_are_granted_at_the_next_step_and_once():
     """D3: the step that hears of Stop is the last."""
     monitor, weights = TrainingMonitor(), replace(WEIGHTS)
     monitor(step_of(1, weights=weights))
-    monitor.wishes.weights |= {"diffusion": 0.5}
+    monitor.requests.weights |= {"diffusion": 0.5}
     monitor(step_of(2, weights=weights))
     assert weights == replace(WEIGHTS, diffusion=0.5) and monitor.changes == ["step 2: diffusion 0.02 to 0.5"]
     weights.diffusion = 0.7  # by another hand
-    monitor.wishes.stop = True
+    monitor.requests.stop = True
     last = step_of(3, weights=weights)
     monitor(last)
     assert last.stop and weights.diffusion == 0.7 and "stopped" in monitor.live.words.get_text()
@@ -119,15 +121,15 @@ def test_d3_stop_and_weights_are_granted_at_the_next_step_and_once():
 
 @pytest.mark.parametrize("ends", ["stopped", "done", "failed"])
 def test_a_monitor_can_watch_another_run(ends, monkeypatch):
-    """It shows itself anew, and nothing of the first run is left: no wish, no curve, no size."""
+    """It shows itself anew, and nothing of the first run is left: no request, no curve, no size."""
     shown = []
     monkeypatch.setattr("spinereg.interactive.monitor.display", shown.append)
     monitor, weights = TrainingMonitor(), replace(WEIGHTS)
     monitor(step_of(1))
-    monitor.wishes.stop = ends == "stopped"
+    monitor.requests.stop = ends == "stopped"
     monitor(step_of(10 if ends == "done" else 4))
-    monitor.wishes.stop = True
-    monitor.wishes.weights["diffusion"] = 0.5
+    monitor.requests.stop = True
+    monitor.requests.weights["diffusion"] = 0.5
     first = step_of(3, of=30, weights=weights)
     monitor(first)
     assert not first.stop and weights == WEIGHTS and monitor.log.steps == 1 and len(shown) == 2
@@ -171,11 +173,11 @@ def test_a_case_that_is_not_there_is_refused():
 
 
 def test_pause_holds_the_run_until_it_is_released():
-    wishes, ended = Wishes(pause=True), threading.Event()
-    thread = threading.Thread(target=lambda: (wishes.grant(step_of(1)), ended.set()))
+    requests, ended = Requests(pause=True), threading.Event()
+    thread = threading.Thread(target=lambda: (requests.apply_to(step_of(1)), ended.set()))
     thread.start()
     assert not ended.wait(0.3)
-    wishes.pause = False
+    requests.pause = False
     assert ended.wait(5)
     thread.join()
 
@@ -183,23 +185,23 @@ def test_pause_holds_the_run_until_it_is_released():
 @pytest.mark.parametrize("name", [*TERMS])
 def test_a_slider_begins_where_the_browser_does_not_round_it_and_is_off_at_its_end(name):
     """A first value off the slider's steps would come back rounded, and change a weight that nobody touched."""
-    wishes, step = Wishes(), step_of(1)
-    buttons = Buttons(wishes)
-    buttons.offer(step, 0, choose=print)
-    slider = buttons.sliders[name]
+    requests, step = Requests(), step_of(1)
+    controls = Controls(requests)
+    add_run(controls, step, 0, choose=print)
+    slider = controls.sliders[name]
     steps = (np.log10(slider.value) - slider.min) / slider.step
-    assert steps == pytest.approx(round(steps), abs=1e-6) and wishes.weights == {}
+    assert steps == pytest.approx(round(steps), abs=1e-6) and requests.weights == {}
     slider.value = 10**slider.max
-    assert wishes.weights == {name: 10**slider.max}
+    assert requests.weights == {name: 10**slider.max}
     slider.value = 10**slider.min
-    assert wishes.weights == {name: 0.0}
+    assert requests.weights == {name: 0.0}
 
 
 def test_another_case_can_be_chosen():
     monitor = TrainingMonitor(share=1.0)
     monitor.box  # noqa: B018  as a notebook would ask for it
     monitor(step_of(1))
-    monitor.buttons.case.value = 1
+    monitor.controls.case.value = 1
     last = step_of(10)
     monitor(last)
     assert last.asked == [1] and "slices: b" in monitor.live.words.get_text()
@@ -212,7 +214,7 @@ def test_a_registration_has_one_case_and_no_menu():
     del step.row["stage"], step.row["epoch"]
     step.row["level_mm"] = 4.0
     monitor(step)
-    assert monitor.buttons.case is None and "4 mm" in monitor.live.words.get_text()
+    assert monitor.controls.case is None and "4 mm" in monitor.live.words.get_text()
 
 
 def test_drawing_keeps_to_its_share(monkeypatch):
@@ -241,7 +243,7 @@ def test_d4_ten_thousand_steps_do_not_fill_the_memory():
     grown, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert grown < 20e6 and monitor.log.steps == 10000
-    monitor.live.turn_curves(monitor.log)
+    monitor.live.show_curves(monitor.log)
     assert max(len(line.get_xdata()) for curves in monitor.live.curves for line in curves.lines.values()) <= 400
 
 

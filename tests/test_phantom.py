@@ -20,6 +20,7 @@ from spinereg.phantom.cases import (
     start_and_rigid_mm,
     truth_table,
     write_case,
+    write_samples,
 )
 from spinereg.phantom.posture import bone_points, clearances_mm, inverse_map, map_jacobian, smallest_jacobian
 from spinereg.phantom.spine import DRAWN, Sizes, bone_distances, build_spine, typical_sizes, vertebra_distance
@@ -296,6 +297,13 @@ def test_facts_and_picture_of_a_case():
     assert facts["start mm"] == pytest.approx(case.start_mm, abs=0.005) and facts["landmarks"] == len(case.landmarks.names)
     titles = [ax.get_title() for ax in draw_case(case).axes]
     assert titles == [f"{name}, {plane}" for name in ("CT", "T1") for plane in ("sagittal", "coronal", "axial")]
+
+
+@pytest.mark.parametrize("name", ["easy", "easy_x", "harder_0", "_0"])
+def test_a_data_set_refuses_a_case_it_cannot_draw(tmp_path, name):
+    with pytest.raises(ValueError, match=rf"train='{name}': .* easy, clinical, hard and a seed"):
+        next(write_samples(tmp_path, train=name))
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("case", ["test/easy_0", "test/clinical_0", "val/easy_5", "train/easy_6", "train/easy_7", "train/clinical_6"])

@@ -189,7 +189,7 @@ def test_d6_app_has_one_cell_of_plain_commented_parameters(path):
         assert "#" in tagged[0].splitlines()[line.end_lineno - 1], f"say what `{ast.unparse(line)}` means, in a comment behind it"
 
 
-@pytest.mark.parametrize("path", [path for path in APPS if path.stem != "samples"], ids=name_of)
+@pytest.mark.parametrize("path", APPS, ids=name_of)
 def test_d6_app_checks_all_that_papermill_set(path):
     """D6: papermill sets any name it is given; the app hands all names over before it does anything."""
     calls = [ast.unparse(node) for node in ast.walk(parsed(path)) if isinstance(node, ast.Call)]

@@ -27,6 +27,7 @@ from ..files.labels import VERTEBRAE
 from ..files.pairs import Pair
 from ..files.problems import InputError, Notice, Problem, write_atomic
 from ..files.volumes import Labels
+from ..losses.similarity import SIMILARITIES
 from ..registration.prealign import numbering_shift
 from ..registration.register import Inputs, Prepared, prepare
 from ..registration.run import PROGRESS
@@ -177,7 +178,7 @@ def same_numbering(prepared: Prepared) -> None:
         raise InputError(Problem("fixed_labels", str(fixed.native.path), reason, fix))
 
 # %% ../../nbs/50_learning.cases.ipynb #0fc29b49
-REACH = 4  # voxels
+REACH = max(similarity.reach for similarity in SIMILARITIES.values())  # voxels
 
 
 def on_grid(

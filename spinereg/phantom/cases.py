@@ -6,11 +6,12 @@
 __all__ = ['DIFFICULTIES', 'BODY_MARKS', 'SOFT_MARKS', 'Demands', 'oriented_grid', 'scanner_grids', 'within', 'presence',
            'bone_landmarks', 'in_view', 'place_bone_landmarks', 'start_and_rigid_mm', 'soft_landmarks',
            'case_landmarks', 'draw_motion', 'draw_truth', 'PhantomCase', 'verse_values', 'make_case', 'draw_case',
-           'truth_table', 'write_case', 'case_facts']
+           'truth_table', 'write_case', 'write_samples', 'case_facts']
 
 # %% ../../nbs/83_phantom.cases.ipynb #59dcc12f
 import gzip
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -97,21 +98,21 @@ def within(
     index = transform_points(np.linalg.inv(grid.affine), points)
     return inside(index, grid.shape, 0.5 - margin)
 
-# %% ../../nbs/83_phantom.cases.ipynb #56bbe6b9
+# %% ../../nbs/83_phantom.cases.ipynb #3aa0b504
 def presence(
     vertebrae: tuple[Vertebra, ...],
     poses: np.ndarray,  # (n, 4, 4)
-    insides: list[Tensor],  # per vertebra (p, 3) points in it, own frame
+    solids: list[Tensor],  # per vertebra (p, 3) points in it, own frame
     grid: Grid,
 ) -> tuple[str, ...]:  # per vertebra "whole", "cut" or "absent"
     "How much of every vertebra an image shows."
     seen = []
-    for pose, points in zip(poses, insides):
+    for pose, points in zip(poses, solids):
         shown = within(grid, transform_points(pose, points), margin=1.0)
         seen.append("whole" if shown.all() else "cut" if shown.any() else "absent")
     return tuple(seen)
 
-# %% ../../nbs/83_phantom.cases.ipynb #7eea33e6
+# %% ../../nbs/83_phantom.cases.ipynb #d47da95f
 BODY_MARKS = {  # where on a body, as fractions of half its width, depth and height
     "upper endplate": (0, 0, 0.6), "lower endplate": (0, 0, -0.6), "upper front rim": (0, 0.85, 0.85), "lower front rim": (0, 0.85, -0.85),
     "upper right rim": (0.8, 0, 0.85), "upper left rim": (-0.8, 0, 0.85), "lower right rim": (0.8, 0, -0.85), "lower left rim": (-0.8, 0, -0.85),
@@ -133,9 +134,9 @@ def bone_landmarks(
             marks |= {f"right {name}": position, f"left {name}": position * [-1, 1, 1]}
     local = torch.as_tensor(np.array(list(marks.values())).T)
     keep = vertebra_distance(vertebra, local) < 0
-    return {name: position for (name, position), inside in zip(marks.items(), keep) if inside}
+    return {name: position for (name, position), kept in zip(marks.items(), keep) if kept}
 
-# %% ../../nbs/83_phantom.cases.ipynb #221532d3
+# %% ../../nbs/83_phantom.cases.ipynb #fbb9b800
 def in_view(
     marks: Landmarks,
     ct_grid: Grid,
@@ -148,12 +149,12 @@ def in_view(
 
 def place_bone_landmarks(
     truth: Truth,
-    insides: list[Tensor],  # per vertebra (p, 3) points in it, own frame
+    solids: list[Tensor],  # per vertebra (p, 3) points in it, own frame
     ct_grid: Grid,
     mr_grid: Grid,
 ) -> Landmarks:
     "Landmarks on the vertebrae that both images show whole."
-    in_mr, in_ct = (presence(truth.vertebrae, truth.poses[k], insides, grid) for k, grid in ((0, mr_grid), (-1, ct_grid)))
+    in_mr, in_ct = (presence(truth.vertebrae, truth.poses[k], solids, grid) for k, grid in ((0, mr_grid), (-1, ct_grid)))
     names, owners, fixed, moving = [], [], [torch.zeros(0, 3, dtype=torch.float64)], [torch.zeros(0, 3, dtype=torch.float64)]
     for k, v in enumerate(truth.vertebrae):
         if in_mr[k] == in_ct[k] == "whole":
@@ -232,7 +233,7 @@ def draw_motion(
     centres = vertebrae[n // 2].pose[:3, 3] + rng.uniform(-1, 1, (16, 3)) * [50, 60, 90] - [0, 20, 0]
     return Truth(vertebrae, poses, centres, rng.normal(0, 1.6, (16, 3)), width_mm=26.0, falloff_mm=8.0)
 
-# %% ../../nbs/83_phantom.cases.ipynb #b85a5d72
+# %% ../../nbs/83_phantom.cases.ipynb #13084022
 def draw_truth(
     difficulty: str,  # "easy", "clinical" or "hard"
     seed: int,
@@ -243,17 +244,17 @@ def draw_truth(
     demands, rng = DIFFICULTIES[difficulty], np.random.default_rng([seed, 0])
     centre = rng.uniform(-1, 1, 3) * [15, 40, 300]
     vertebrae = build_spine("T11", "L5", seed, rng.uniform(*demands.scale), demands.span_mm, centre)
-    insides = [bone_points(v) for v in vertebrae]
+    solids = [bone_points(v) for v in vertebrae]
     ct_grid, mr_grid = scanner_grids(difficulty, centre, rng)
     for attempt in range(400):
         truth = draw_motion(vertebrae, demands, rng, 0.98 ** (attempt % 50))
-        bone = place_bone_landmarks(truth, insides, ct_grid, mr_grid)
+        bone = place_bone_landmarks(truth, solids, ct_grid, mr_grid)
         if len(set(bone.vertebra)) < 3:
             continue
         start, rigid = start_and_rigid_mm(bone)
         fits = demands.start_mm[0] <= start <= demands.start_mm[1] and rigid >= demands.rigid_mm
-        if fits and min(min(clearances_mm(vertebrae, poses, insides)) for poses in truth.poses) > 0.6 and smallest_jacobian(truth, insides) > 0.16:
-            return truth, ct_grid, mr_grid, insides
+        if fits and min(min(clearances_mm(vertebrae, poses, solids)) for poses in truth.poses) > 0.6 and smallest_jacobian(truth, solids) > 0.16:
+            return truth, ct_grid, mr_grid, solids
     raise ValueError(f"no {difficulty} motion found for seed {seed}; try another seed")
 
 # %% ../../nbs/83_phantom.cases.ipynb #c0669fc5
@@ -285,13 +286,13 @@ def verse_values(
     value = {name: value for value, name in SCHEMES["verse"].items()}
     return np.array([0] + [value[v.name] for v in vertebrae], np.uint8)
 
-# %% ../../nbs/83_phantom.cases.ipynb #d6b51a5c
+# %% ../../nbs/83_phantom.cases.ipynb #df70189f
 def make_case(
     difficulty: str = "easy",  # "easy", "clinical" or "hard"
     seed: int = 0,
 ) -> PhantomCase:
     "Draw a person and a motion, and put the person into both scanners."
-    truth, ct_grid, mr_grid, insides = draw_truth(difficulty, seed)
+    truth, ct_grid, mr_grid, solids = draw_truth(difficulty, seed)
     contrast, values = DIFFICULTIES[difficulty].contrast, verse_values(truth.vertebrae)
     anatomy = build_anatomy(truth.vertebrae, seed, contrast)
     ct, ct_label = render(anatomy, ct_grid, ("ct",))
@@ -300,9 +301,9 @@ def make_case(
     poor = (2.0 - contrast) ** 2
     ct = ct[0] + streaks(ct_grid, seed) if difficulty == "hard" else ct[0]
     t1, t2 = (mr_scan(image, mr_grid, seed + 1000 * i, 0.02 * poor, 0.1 * poor) for i, image in enumerate(mr))
-    in_ct = presence(truth.vertebrae, truth.poses[-1], insides, ct_grid)
-    in_mr = presence(truth.vertebrae, truth.poses[0], insides, mr_grid)
-    bone = place_bone_landmarks(truth, insides, ct_grid, mr_grid)
+    in_ct = presence(truth.vertebrae, truth.poses[-1], solids, ct_grid)
+    in_mr = presence(truth.vertebrae, truth.poses[0], solids, mr_grid)
+    bone = place_bone_landmarks(truth, solids, ct_grid, mr_grid)
     marks = case_landmarks(truth, bone, ct_grid, mr_grid)
     ct, ct_mask, mr_mask = ct_scan(ct, seed, 16.0 * poor), values[ct_label], values[mr_label]
     start_mm, rigid_mm = start_and_rigid_mm(bone)
@@ -359,6 +360,22 @@ def write_case(
         (aside / "truth.json").write_bytes(json.dumps(truth_table(case), indent=1).encode())
         write_landmarks(aside / "landmarks.csv", case.landmarks)
     return Path(folder)
+
+# %% ../../nbs/83_phantom.cases.ipynb #a6cd7466
+def write_samples(
+    out_dir: str | Path,  # gets train, val and test, and in them a folder for each case
+    train: str = "",  # cases such as "easy_6 clinical_6", separated by spaces
+    val: str = "",  # likewise
+    test: str = "",  # likewise
+) -> Iterator[tuple[Path, PhantomCase]]:  # each folder, and what was drawn for it
+    "Draw a data set and write it, case by case."
+    for split, names in {"train": train, "val": val, "test": test}.items():
+        for name in names.split():
+            difficulty, _, seed = name.rpartition("_")
+            if difficulty not in DIFFICULTIES or not seed.isdecimal():
+                raise ValueError(f"{split}={names!r}: {name!r} is no case; expected {', '.join(DIFFICULTIES)} and a seed, such as easy_0")
+            case = make_case(difficulty, int(seed))
+            yield write_case(Path(out_dir) / split / name, case), case
 
 # %% ../../nbs/83_phantom.cases.ipynb #e264f26a
 def case_facts(

@@ -49,15 +49,15 @@ def bone_points(
     points = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)
     return points[vertebra_distance(vertebra, points.T) < 0]
 
-# %% ../../nbs/81_phantom.posture.ipynb #4e797df7
+# %% ../../nbs/81_phantom.posture.ipynb #c4a1f9b8
 def clearances_mm(
     vertebrae: tuple[Vertebra, ...],
     poses: np.ndarray,  # (n, 4, 4)
-    inside: list[Tensor],  # per vertebra (p, 3) points in it, own frame
+    solids: list[Tensor],  # per vertebra (p, 3) points in it, own frame
 ) -> np.ndarray:  # (n - 1,) mm, negative where neighbours overlap
     "How far apart neighbouring vertebrae are."
     into_lower = np.linalg.inv(poses[1:]) @ poses[:-1]
-    return np.array([float(vertebra_distance(v, transform_points(m, points).T).min()) for v, m, points in zip(vertebrae[1:], into_lower, inside)])
+    return np.array([float(vertebra_distance(v, transform_points(m, points).T).min()) for v, m, points in zip(vertebrae[1:], into_lower, solids)])
 
 # %% ../../nbs/81_phantom.posture.ipynb #b6cf90f5
 def bone_weights(
@@ -120,15 +120,15 @@ def map_jacobian(
     offsets = step_mm * torch.eye(3).to(points)
     return torch.stack([(truth.map(points + o) - truth.map(points - o)) / (2 * step_mm) for o in offsets], -1)
 
-# %% ../../nbs/81_phantom.posture.ipynb #4d23ef9b
+# %% ../../nbs/81_phantom.posture.ipynb #76d9bc74
 def smallest_jacobian(
     truth: Truth,
-    inside: list[Tensor],  # per vertebra (p, 3) points in it, own frame
+    solids: list[Tensor],  # per vertebra (p, 3) points in it, own frame
     shakes_mm: tuple[float, ...] = (2.0, 6.0),  # standard deviations
 ) -> float:  # determinant
     "Smallest determinant of the Jacobian around the bones of the fixed image."
     rng = np.random.default_rng(0)
-    bone = torch.cat([transform_points(pose, points[::8]) for pose, points in zip(truth.poses[0], inside)])
+    bone = torch.cat([transform_points(pose, points[::8]) for pose, points in zip(truth.poses[0], solids)])
     around = torch.cat([bone + torch.as_tensor(rng.normal(0, shake, bone.shape)) for shake in shakes_mm])
     return float(torch.linalg.det(map_jacobian(truth, around)).min())
 
