@@ -1,5 +1,6 @@
 "The baseline: elastix in a process of its own, its parameters, its penalty, its result. Few steps on coarse grids."
 
+import inspect
 import os
 import subprocess
 import sys
@@ -18,8 +19,8 @@ from scipy.ndimage import gaussian_filter
 
 from spinereg.compare.elastix import (
     ElastixError,
+    ElastixSettings,
     bone_mask,
-    check_elastix,
     parameter_map,
     read_disp,
     read_history,
@@ -33,12 +34,13 @@ from spinereg.files.nifti import NativeSpace
 from spinereg.files.volumes import Labels
 from spinereg.losses.objective import batch_on_grid
 from spinereg.registration.scene import Scene
-from spinereg.space.fields import jacobian, warp
+from spinereg.space.fields import determinant, jacobian, warp
 from spinereg.space.geometry import Grid
 
 ROOT = Path(__file__).resolve().parent.parent
 CASE = ROOT / "data_samples/test/easy_0"
-USUAL = {"spacing_mm": 2.0, "seed": 0, "grid_spacing_mm": 8.0, "iterations": 30, "samples": 4096, "weight_similarity": 0.1, "timeout_s": 300.0}
+USUAL = {"fixed": "mr.nii.gz", "moving": "ct.nii.gz", "spacing_mm": 2.0, "seed": 0}
+USUAL |= {"grid_spacing_mm": 8.0, "iterations": 30, "samples": 4096, "weight_similarity": 0.1, "timeout_s": 300.0}
 
 
 def installed():
@@ -73,10 +75,19 @@ def test_e2_missing_extra_is_an_error_with_the_pip_line(monkeypatch):
 
 
 def test_settings_that_make_no_sense_are_refused_by_name():
-    with pytest.raises(ValueError, match=r"(?s)iterations=0.*samples=1\.5.*grid_spacing_mm=3\.0.*weight_similarity=0:.*timeout_s=0"):
-        check_elastix(USUAL | {"iterations": 0, "samples": 1.5, "grid_spacing_mm": 3.0, "weight_similarity": 0, "timeout_s": 0})
+    with pytest.raises(ValueError, match=r"(?s)iterations=0.*samples=99.*grid_spacing_mm=3\.0.*weight_similarity=0\.0:.*timeout_s=0"):
+        ElastixSettings(**USUAL | {"iterations": 0, "samples": 99, "grid_spacing_mm": 3.0, "weight_similarity": 0.0, "timeout_s": 0.0})
     with pytest.raises(ValueError, match="weight_rigidity=-1"):
-        check_elastix(USUAL | {"weight_rigidity": -1})
+        ElastixSettings(**USUAL | {"weight_rigidity": -1.0})
+
+
+def test_defaults_are_the_same_wherever_they_stand():
+    """A setting that is left out means the same to `register_elastix`, to its settings and to the words for elastix."""
+    usual, settings = inspect.signature(register_elastix).parameters, ElastixSettings(fixed="mr.nii.gz", moving="ct.nii.gz")
+    for name, parameter in list(usual.items())[2:]:
+        assert getattr(settings, name) == parameter.default, name
+    for name, parameter in inspect.signature(parameter_map).parameters.items():
+        assert parameter.default == usual[name].default, name
 
 
 @pytest.mark.parametrize(
@@ -248,7 +259,7 @@ def test_result_and_files_are_those_of_register(registered):
     found = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
     whole = {"transform.h5", "inverse.h5", "disp.nii.gz", "moved.nii.gz", "moved_labels.nii.gz", "vertebrae.csv", "metrics.json", "overview.png"}
     assert found == whole | {f"vertebrae/{name}.tfm" for name in result.vertebrae.index}
-    assert result.metrics["parameters"]["itk_elastix"] == version("itk-elastix")
+    assert result.metrics.parameters["itk_elastix"] == version("itk-elastix")
     assert list(free.history) == ["level_mm", "step", "similarity"]
-    bone = next(group for group in result.metrics["landmarks"] if group["group"] == "bone")
-    assert bone["mean_mm"] < 0.7 * bone["start_mean_mm"]
+    bone = next(gain for gain in result.metrics.landmarks if gain.now.group == "bone")
+    assert bone.now.mean_mm < 0.7 * bone.start_mean_mm

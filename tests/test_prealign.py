@@ -13,7 +13,7 @@ from spinereg.files.pairs import read_pair
 from spinereg.files.problems import InputError
 from spinereg.files.transforms import itk_affine, write_itk
 from spinereg.files.volumes import normalise
-from spinereg.registration.prealign import CAPTURE_DEG, CAPTURE_MM, level_shift, overlap, rigid_start, search
+from spinereg.registration.prealign import CAPTURE_DEG, CAPTURE_MM, numbering_shift, overlap, rigid_start, search
 from spinereg.space.geometry import Grid, crop_grid, to_ras, transform_points
 from spinereg.space.rigid import motion_matrix, procrustes, rotation_angle_deg
 
@@ -160,8 +160,8 @@ def test_B2_labels_that_count_one_level_off_are_told(pair, shift):
     """B2: a map whose names are one level off, cut vertebrae and all."""
     order = ("T10", *pair.moving_labels.names, "S")
     renamed = replace(pair.fixed_labels, names=tuple(order[order.index(name) + shift] for name in pair.fixed_labels.names))
-    assert level_shift(renamed, pair.moving_labels, search_matrix(pair)) == -shift
-    assert level_shift(renamed, renamed, np.eye(4)) == 0
+    assert numbering_shift(renamed, pair.moving_labels, search_matrix(pair)) == -shift
+    assert numbering_shift(renamed, renamed, np.eye(4)) == 0
 
 
 def search_matrix(pair):

@@ -107,14 +107,14 @@ def test_A8_the_registration_moves_landmarks_the_right_way(done):
 def test_vertebra_transforms_are_the_motions_of_the_table(done):
     result, out = done
     truth = json.loads((SAMPLES / "test/clinical_0/truth.json").read_text())["vertebrae"]
-    for name, matrix in result.metrics["motions"].items():
+    for name, matrix in result.metrics.motions.items():
         transform = sitk.ReadTransform(str(out / "vertebrae" / f"{name}.tfm"))
         here = np.array([5.0, -30, -280])
         there = np.array(transform.TransformPoint((here * [-1, -1, 1]).tolist())) * [-1, -1, 1]
         assert np.allclose(there, np.array(matrix)[:3, :3] @ here + np.array(matrix)[:3, 3], atol=1e-4)
     known = {v["name"]: np.array(v["matrix"]) for v in truth}
     name = result.vertebrae.index[len(result.vertebrae) // 2]
-    turn = Rotation.from_matrix((np.linalg.inv(known[name]) @ result.metrics["motions"][name])[:3, :3])
+    turn = Rotation.from_matrix((np.linalg.inv(known[name]) @ result.metrics.motions[name])[:3, :3])
     assert np.rad2deg(turn.magnitude()) < 3
 
 
@@ -281,7 +281,7 @@ def test_a_real_pair_from_a_start_14_mm_off(tmp_path):
     at_fixed, at_moved = label_centres_mm(fixed.data, fixed.grid, len(fixed.names)), label_centres_mm(moved, fixed.grid, len(names))
     apart_mm = [np.linalg.norm(at_fixed[fixed.names.index(name)] - at_moved[names.index(name)]) for name in fixed.names]
     assert np.mean(apart_mm) < 1.5
-    assert result.metrics["field"]["n_folded"] == 0
+    assert result.metrics.field.regularity.n_folded == 0
 
 
 def test_B4_a_case_without_labels_never_gets_another_cases(tmp_path):
@@ -356,7 +356,7 @@ def test_B2_a_sliver_of_a_vertebra_has_no_row_and_is_named(tmp_path):
     cut = int(last - 0.15 * (last - first))
     fixed = cropped(given["fixed"], tmp_path / "mr.nii.gz", cut, data.shape[2])
     result = register(fixed, given["moving"], given["moving_labels"], out_dir=tmp_path / "out", **QUICK)
-    slivers = {name: seen for name, seen in result.metrics["seen_percent"].items() if 0 < seen < 20}
+    slivers = {name: seen for name, seen in result.metrics.seen_percent.items() if 0 < seen < 20}
     assert slivers and not set(slivers) & set(result.vertebrae.index)
     assert all(f"{name} (" in result.summary() for name in slivers)
     assert {p.stem for p in (tmp_path / "out/vertebrae").glob("*.tfm")} == set(result.vertebrae.index)
@@ -364,8 +364,8 @@ def test_B2_a_sliver_of_a_vertebra_has_no_row_and_is_named(tmp_path):
 
 def test_the_rigid_dice_of_a_rigid_result_is_one(done):
     result, _ = done
-    assert 0.96 < result.metrics["rigidity"]["rigid_dice"] <= 1
-    assert result.metrics["local_correlation"]["now"] > result.metrics["local_correlation"]["prealigned"]
+    assert 0.96 < result.metrics.rigidity.rigid_dice <= 1
+    assert result.metrics.local_correlation.now > result.metrics.local_correlation.prealigned
 
 
 def test_A3_filled_voxels_are_no_data(tmp_path):
@@ -405,7 +405,7 @@ def test_a_failed_registration_does_not_read_like_a_good_one(tmp_path):
     result = register(given["fixed"], given["moving"], labels, given["fixed_labels"], marks, prealign=str(tmp_path / "off.tfm"), **QUICK)
     text = result.summary()
     assert text.startswith("NOT TO BE TRUSTED") and "further apart" in text and "n_missing" in text
-    gone = set(result.metrics["seen_percent"]) - set(result.vertebrae.index)
+    gone = set(result.metrics.seen_percent) - set(result.vertebrae.index)
     assert gone and all(f"{name} (" in text for name in gone)
 
 
@@ -414,7 +414,7 @@ def test_numbers_of_numpy_are_settings_too(tmp_path):
     quick = QUICK | {"levels": tuple(np.array([2, 1])), "steps": tuple(np.array([2, 2])), "spacing_mm": np.float64(4.0)}
     result = register(given["fixed"], given["moving"], given["moving_labels"], out_dir=tmp_path / "out", **quick)
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["parameters"]["steps"] == [2, 2]
-    assert result.metrics["parameters"]["levels"] == (2.0, 1.0)
+    assert result.metrics.parameters["levels"] == (2.0, 1.0)
 
 
 def test_a_folder_that_cannot_be_written_is_said_before_any_work(tmp_path):
@@ -437,7 +437,7 @@ def test_d3_a_stop_ends_the_registration_with_a_result_that_says_so(tmp_path):
 
     whole, stopped = (register(**files("easy_0"), out_dir=tmp_path, on_step=watch, **QUICK) for watch in (None, stop))
     pd.testing.assert_frame_equal(stopped.history, whole.history.iloc[:19])
-    assert stopped.metrics["run"] == {"steps": 19, "stopped": True, "weights_changed": []} and not whole.metrics["run"]["stopped"]
+    assert stopped.metrics.run == (19, True, ()) and not whole.metrics.run.stopped
     assert "it was stopped after 19 steps" in json.loads((tmp_path / "metrics.json").read_text())["summary"]
 
 
@@ -447,7 +447,7 @@ def test_a_changed_weight_counts_from_the_next_step_and_is_recorded():
             step.weights.diffusion = 0.1
 
     whole, eased = (register(**files("easy_0"), on_step=watch, **QUICK) for watch in (None, ease))
-    assert eased.metrics["run"]["weights_changed"] == [{"step": 5, "term": "diffusion", "before": 3.0, "after": 0.1}]
+    assert eased.metrics.as_dict()["run"]["weights_changed"] == [{"step": 5, "term": "diffusion", "before": 3.0, "after": 0.1}]
     pd.testing.assert_frame_equal(eased.history.iloc[:5], whole.history.iloc[:5])
     assert eased.history.similarity.iloc[7] != whole.history.similarity.iloc[7] and "weights were changed on the way (diffusion)" in eased.summary()
 

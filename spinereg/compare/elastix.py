@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PAR0004', 'PENALTY', 'parameter_map', 'own_frame', 'write_inputs', 'read_disp', 'ElastixError', 'compute',
            'how_it_ended', 'start_child', 'steps_done', 'check_end', 'run_child', 'Found', 'read_history', 'solve',
-           'whole_transform', 'check_elastix', 'bone_mask', 'register_elastix']
+           'whole_transform', 'ElastixSettings', 'need_elastix', 'bone_mask', 'register_elastix']
 
-# %% ../../nbs/60_compare.elastix.ipynb #c49f9685
+# %% ../../nbs/60_compare.elastix.ipynb #381b23d8
 import inspect
 import json
 import os
@@ -18,9 +18,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import ClassVar, NamedTuple, TextIO
 
 import numpy as np
 import pandas as pd
@@ -32,9 +33,9 @@ from tqdm import tqdm
 
 from ..files.transforms import FLIP, SpineTransform, itk_image
 from ..losses.objective import Batch
-from ..registration.register import check_settings, conclude, prepare, register
+from ..registration.register import Inputs, conclude, prepare
 from ..registration.results import Registration
-from ..registration.run import PROGRESS, in_range, refuse, whole
+from ..registration.run import PROGRESS, in_range, whole
 from ..registration.scene import Scene, make_batch
 from ..space.fields import extend_field, invert, warp_labels
 from ..space.geometry import Grid
@@ -259,15 +260,27 @@ def whole_transform(
     return SpineTransform(wide, disp, invert(disp, wide), rigid)
 
 # %% ../../nbs/60_compare.elastix.ipynb #860d4e3f
-def check_elastix(
-    given: Mapping,  # arguments of `register_elastix` by name
-) -> None:
-    "Refuse settings that make no sense, and a missing extra, before any work is done."
-    defaults = {name: parameter.default for name, parameter in inspect.signature(register).parameters.items()}
-    check_settings(defaults | given)
-    wrong = [whole(name, given[name], least) for name, least in (("iterations", 1), ("samples", 100), ("seed", 0))]
-    ranges = ("grid_spacing_mm", 2 * given["spacing_mm"], 100), ("weight_similarity", 1e-6, 1e6), ("timeout_s", 1, 1e6)
-    refuse("register_elastix", wrong + [in_range(name, given[name], low, high) for name, low, high in ranges])
+@dataclass(frozen=True, kw_only=True)
+class ElastixSettings(Inputs):
+    "The arguments of `register_elastix`."
+
+    caller: ClassVar[str] = "register_elastix"
+    grid_spacing_mm: float = 8.0  # between control points, on the finest level
+    iterations: int = 500  # on each of the three levels
+    samples: int = 65536  # points drawn for every step
+    weight_similarity: float = 0.1  # mutual information
+    weight_rigidity: float = 0.5  # rigidity penalty of bone; 0 leaves it out
+    timeout_s: float = 3600.0  # for elastix
+
+    def faults(self) -> list[str]:
+        "What makes no sense; empty texts where nothing is wrong."
+        found = [whole(name, getattr(self, name), least) for name, least in (("iterations", 1), ("samples", 100), ("seed", 0))]
+        ranges = {"grid_spacing_mm": (2 * self.spacing_mm, 100), "weight_similarity": (1e-6, 1e6), "weight_rigidity": (0, 1e6), "timeout_s": (1, 1e6)}
+        return [*super().faults(), *found, *(in_range(name, getattr(self, name), low, high) for name, (low, high) in ranges.items())]
+
+
+def need_elastix() -> None:
+    "Say before any work is done that the extra is missing."
     try:
         version("itk-elastix")
     except PackageNotFoundError as error:
@@ -306,13 +319,19 @@ def register_elastix(
     timeout_s: float = 3600.0,  # for elastix
 ) -> Registration:
     "Register a moving to a fixed image by elastix with a rigidity penalty on bone (Staring et al., Med. Phys. 2007): the baseline."
-    parameters = dict(locals())
-    check_elastix(parameters)
-    prepared = prepare(device="cpu", **{name: parameters[name] for name in inspect.signature(prepare).parameters if name in parameters})
+    given = ElastixSettings(
+        fixed=fixed, moving=moving, moving_labels=moving_labels, fixed_labels=fixed_labels, landmarks=landmarks, out_dir=out_dir,
+        moving_modality=moving_modality, fixed_modality=fixed_modality, moving_scheme=moving_scheme, fixed_scheme=fixed_scheme,
+        prealign=prealign, spacing_mm=spacing_mm, device="cpu", seed=seed, grid_spacing_mm=grid_spacing_mm, iterations=iterations,
+        samples=samples, weight_similarity=weight_similarity, weight_rigidity=weight_rigidity, timeout_s=timeout_s,
+    )
+    need_elastix()
+    prepared = prepare(given)
     scene, grid = prepared.scene, prepared.grid
     bone = bone_mask(scene, grid) if weight_rigidity > 0 else None
     settings = parameter_map(grid_spacing_mm, iterations, samples, weight_similarity, 0.0 if bone is None else weight_rigidity, seed)
     found = solve(make_batch(scene, grid, spacing_mm), bone, settings, timeout_s)
     transform = whole_transform(found.disp, grid, prepared.start.rigid)
     prepared.clock.lap("elastix")
+    parameters = {name: value for name, value in given.as_dict().items() if name != "device"}
     return conclude(prepared, transform, found.history, parameters | {"itk_elastix": version("itk-elastix")}, out_dir)

@@ -59,7 +59,7 @@ class Volume:
     measured: Bool[Tensor, "i j k"] | None = None  # False where voxels were filled in; None when all are the scanner's
     notices: tuple[Notice, ...] = ()  # what was repaired on reading
 
-
+# %% ../../nbs/13_files.volumes.ipynb #e4a936a1
 def read_image(
     path: str | Path,
     name: str = "image",  # which input, for messages
@@ -83,7 +83,7 @@ def guess_modality(
     "Tell CT from MR by its values."
     return "ct" if (volume.data < -150).float().mean() >= 1e-3 else "mr"
 
-
+# %% ../../nbs/13_files.volumes.ipynb #468f4679
 def settle_modality(
     volume: Volume,
     modality: str,  # "auto", "ct" or "mr"
@@ -105,7 +105,7 @@ def percentile(
     values: Float[Tensor, "*any"],
     percent: float,  # 0 to 100
 ) -> Float[Tensor, ""]:
-    "The value below which that share of the values lies."
+    "The value below which that part of the values lies."
     rank = 1 + round(percent / 100 * (values.numel() - 1))
     return values.flatten().kthvalue(rank).values
 
@@ -119,7 +119,7 @@ def body_range(
     low, high = (percentile(body, 0.5), percentile(body, 99.5)) if body.numel() else (low, high)
     return (low, high) if high > low else (data.min(), data.max())
 
-
+# %% ../../nbs/13_files.volumes.ipynb #39866467
 def normalise(
     volume: Volume,
     modality: str,  # "ct" or "mr"
@@ -160,7 +160,7 @@ def box_text(
     low, high = grid.corners_mm().min(0), grid.corners_mm().max(0)
     return " ".join(f"{axis} {a:.0f}..{b:.0f}" for axis, a, b in zip("xyz", low, high)) + " mm"
 
-
+# %% ../../nbs/13_files.volumes.ipynb #c7a9c66a
 def onto_image(
     values: np.ndarray,  # (i, j, k) integer label values, RAS-ordered
     native: NativeSpace,  # of the label map
@@ -200,7 +200,7 @@ class Labels:
         "What the file's values mean."
         return ", ".join(f"{value} = {name}" for value, name in zip(self.values, self.names))
 
-
+# %% ../../nbs/13_files.volumes.ipynb #54f3bcea
 def name_labels(
     values: np.ndarray,  # (i, j, k) integer label values
     table: Mapping[int, str],  # value -> vertebra, anatomical order
@@ -236,7 +236,7 @@ def notice_upside_down(
     if upside_down(label_centres_mm(numbers, grid, len(names))[:, 2]):
         file.notice(f"{names[0]} to {names[-1]} run UPWARDS in this file; is its label scheme the right one?")
 
-
+# %% ../../nbs/13_files.volumes.ipynb #16fc3609
 def read_labels(
     path: str | Path,
     scheme: str | Mapping = "verse",  # whose numbers these are

@@ -27,8 +27,9 @@ from ..files.labels import VERTEBRAE
 from ..files.pairs import Pair
 from ..files.problems import InputError, Notice, Problem, write_atomic
 from ..files.volumes import Labels
-from ..registration.prealign import level_shift
-from ..registration.register import Prepared, prepare
+from ..losses.similarity import SIMILARITIES
+from ..registration.prealign import numbering_shift
+from ..registration.register import Inputs, Prepared, prepare
 from ..registration.run import PROGRESS
 from ..registration.scene import make_batch
 from ..space.fields import warp_labels
@@ -171,13 +172,13 @@ def left_out(
 def same_numbering(prepared: Prepared) -> None:
     "Refuse a pair whose vertebrae lie one vertebra apart."
     fixed, moving = prepared.pair.fixed_labels, prepared.pair.moving_labels
-    if fixed is not None and moving is not None and (shift := level_shift(fixed, moving, prepared.start.rigid)):
+    if fixed is not None and moving is not None and (shift := numbering_shift(fixed, moving, prepared.start.rigid)):
         reason = f"after pre-alignment each vertebra lies on the one {'below' if shift > 0 else 'above'} it in the moving image"
         fix = "One map is counted wrongly, or the pre-alignment is one vertebra off: look at both, correct the map or use prealign='labels'."
         raise InputError(Problem("fixed_labels", str(fixed.native.path), reason, fix))
 
 # %% ../../nbs/50_learning.cases.ipynb #0fc29b49
-REACH = 4  # voxels
+REACH = max(similarity.reach for similarity in SIMILARITIES.values())  # voxels
 
 
 def on_grid(
@@ -228,7 +229,7 @@ class PrepareCase:
         settings = {"spacing_mm": self.spacing_mm, "prealign": self.prealign, "moving_modality": "ct", "fixed_modality": "mr", "device": "cpu"}
         try:
             schemes = {"moving_scheme": self.moving_scheme, "fixed_scheme": self.fixed_scheme}
-            prepared = prepare(**case.files(), **schemes, **settings, tell=told.append)
+            prepared = prepare(Inputs(**case.files(), **schemes, **settings), told.append)
             same_numbering(prepared)
             item = on_grid(prepared, self.minimum_mm3) | {"voxels": digests(prepared.pair)}
             findings = [Finding("used", at, "", "labels", describe_use(prepared.pair, item["left_out"]), "")]

@@ -129,7 +129,7 @@ class Split(NamedTuple):
     left_out: pd.DataFrame  # case, vertebra, reason
     contents: list[dict]  # case, voxels and shape of those
 
-
+# %% ../../nbs/51_learning.crops.ipynb #5cf445e6
 def prepare_split(
     data_dir: str | Path,
     split: str,  # "train" or "val"

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Regularity', 'regularity', 'Diffeomorphism', 'diffeomorphism', 'RoundTrip', 'round_trip', 'LandmarkError',
-           'landmark_errors', 'Agreement', 'MeanAgreement', 'label_agreement', 'mean_dice']
+           'landmark_errors', 'Agreement', 'surface_distances', 'mask_agreement', 'MeanAgreement', 'label_agreement',
+           'mean_dice']
 
 # %% ../../nbs/31_measure.metrics.ipynb #909eae55
 from collections.abc import Sequence
@@ -62,7 +63,7 @@ def diffeomorphism(
     grid: Grid,
     mask: Bool[Tensor, "1 i j k"] | None = None,  # the voxels that count; the outer layer never does
 ) -> Diffeomorphism:
-    "Share of the volume that is turned inside out, from ten finite-difference determinants (Liu et al., IJCV 2024)."
+    "Fraction of the volume that is turned inside out, from ten finite-difference determinants (Liu et al., IJCV 2024)."
     u = disp[0] / torch.as_tensor(grid.spacing_mm).to(disp)[:, None, None, None]
     size = [n - 2 for n in grid.shape]
     middle = u[:, 1:-1, 1:-1, 1:-1]
@@ -143,6 +144,30 @@ class Agreement(NamedTuple):
     missing: bool  # in only one of the two
 
 
+def surface_distances(
+    a: Bool[np.ndarray, "i j k"],
+    b: Bool[np.ndarray, "i j k"],
+    spacing_mm: np.ndarray,  # (3,)
+) -> Float[np.ndarray, " p"]:  # mm, one for each surface voxel of `a`
+    "Distance from each surface voxel of one mask to the surface of the other; a rim is added, so a mask at the border has a surface there too."
+    a, b = (np.pad(mask, 1) for mask in (a, b))
+    surface_a, surface_b = (mask & ~ndimage.binary_erosion(mask) for mask in (a, b))
+    return ndimage.distance_transform_edt(~surface_b, sampling=spacing_mm)[surface_a]
+
+
+def mask_agreement(
+    vertebra: str,
+    a: Bool[np.ndarray, "i j k"],  # neither is empty
+    b: Bool[np.ndarray, "i j k"],
+    spacing_mm: np.ndarray,  # (3,)
+) -> Agreement:
+    "Dice, HD95 and ASSD of two masks."
+    there, back = surface_distances(a, b, spacing_mm), surface_distances(b, a, spacing_mm)
+    dice = 2 * (a & b).sum() / (a.sum() + b.sum())
+    hd95 = max(np.quantile(there, 0.95), np.quantile(back, 0.95))
+    return Agreement(vertebra, float(dice), float(hd95), float(np.concatenate([there, back]).mean()), False)
+
+# %% ../../nbs/31_measure.metrics.ipynb #15b4984f
 class MeanAgreement(NamedTuple):
     "Mean over the vertebrae that are in at least one of the two label maps."
 
@@ -154,7 +179,7 @@ class MeanAgreement(NamedTuple):
     n_absent: int  # in neither; excluded
     penalty_mm: float  # distance a missing vertebra counts with
 
-# %% ../../nbs/31_measure.metrics.ipynb #9ba93365
+
 def label_agreement(
     moved: Int[Tensor, "i j k"],  # moved labels, 0 is background
     fixed: Int[Tensor, "x y z"],  # labels of the fixed image, same numbers, same grid
@@ -165,32 +190,19 @@ def label_agreement(
     "Dice, HD95 and ASSD of every vertebra, and their means."
     penalty_mm = float(np.linalg.norm(spacing_mm * fixed.shape)) if penalty_mm is None else penalty_mm
     if moved.shape != fixed.shape:
-        raise ValueError(
-            f"label_agreement: got {tuple(moved.shape)} and {tuple(fixed.shape)} voxels, expected one grid; warp the moving labels to it"
-        )
-    moved, fixed = moved.cpu().numpy(), fixed.cpu().numpy()
-    objects = ndimage.find_objects(np.maximum(moved, 0), len(names)), ndimage.find_objects(np.maximum(fixed, 0), len(names))
-    rows = []
+        got = f"{tuple(moved.shape)} and {tuple(fixed.shape)} voxels"
+        raise ValueError(f"label_agreement: got {got}, expected one grid; warp the moving labels to it")
+    moved, fixed, rows = moved.cpu().numpy(), fixed.cpu().numpy(), []
+    objects = (ndimage.find_objects(np.maximum(labels, 0), len(names)) for labels in (moved, fixed))
     for n, (name, *boxes) in enumerate(zip(names, *objects), start=1):
         present = [box for box in boxes if box is not None]
         if len(present) == 1:
             rows.append(Agreement(name, 0.0, penalty_mm, penalty_mm, True))
         elif present:
             both = tuple(slice(min(a.start, b.start), max(a.stop, b.stop)) for a, b in zip(*present))
-            a, b = moved[both] == n, fixed[both] == n
-            there, back = _surface_distances(a, b, spacing_mm), _surface_distances(b, a, spacing_mm)
-            dice = 2 * (a & b).sum() / (a.sum() + b.sum())
-            hd95 = max(np.quantile(there, 0.95), np.quantile(back, 0.95))
-            rows.append(Agreement(name, float(dice), float(hd95), float(np.concatenate([there, back]).mean()), False))
+            rows.append(mask_agreement(name, moved[both] == n, fixed[both] == n, spacing_mm))
     means = (float(np.mean([row[c] for row in rows])) for c in (1, 2, 3)) if rows else (0.0, penalty_mm, penalty_mm)
     return rows, MeanAgreement(*means, len(rows), sum(row.missing for row in rows), len(names) - len(rows), penalty_mm)
-
-
-def _surface_distances(a: np.ndarray, b: np.ndarray, spacing_mm: np.ndarray) -> np.ndarray:
-    "Distance in mm from each surface voxel of one mask to the surface of the other."
-    a, b = (np.pad(mask, 1) for mask in (a, b))
-    surface_a, surface_b = (mask & ~ndimage.binary_erosion(mask) for mask in (a, b))
-    return ndimage.distance_transform_edt(~surface_b, sampling=spacing_mm)[surface_a]
 
 # %% ../../nbs/31_measure.metrics.ipynb #9684729b
 def mean_dice(

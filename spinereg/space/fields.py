@@ -21,7 +21,7 @@ def read_index(
     image_grid: Grid,  # grid of the image to read
     grid: Grid,  # fixed grid: read once for each of its voxels
     disp: Float[Tensor, "b 3 i j k"],  # mm, along the axes of `grid`
-    world: np.ndarray | None = None,  # (4, 4) map applied after the displacement (pre-alignment), RAS mm
+    world: np.ndarray | None = None,  # (4, 4) map W applied after the displacement, RAS mm
 ) -> Float[Tensor, "b i j k 3"]:  # fractional index into the image, for each voxel of `grid`
     "Index into an image at x + disp(x), for every voxel x of a grid."
     turn = np.linalg.inv(image_grid.affine)[:3, :3] @ (np.eye(3) if world is None else world[:3, :3]) @ grid.axes

@@ -44,7 +44,7 @@ def main():
         case / "mr_t1.nii.gz", case / "ct.nii.gz", case / "ct_mask.nii.gz", landmarks=case / "landmarks.csv", out_dir=given.out / "result"
     )
     print(result.summary())
-    print(result.metrics["seconds"], result.metrics["environment"]["peak_memory_gb"], "GB")
+    print(result.metrics.seconds, result.metrics.environment.peak_memory_gb, "GB")
 
 
 if __name__ == "__main__":

@@ -17,23 +17,23 @@ from spinereg.phantom.cases import make_case, write_case
 def measure(case: Path, settings: dict) -> dict:
     "One case, registered with the labels of its CT only."
     result = spinereg.register(case / "mr_t1.nii.gz", case / "ct.nii.gz", case / "ct_mask.nii.gz", landmarks=case / "landmarks.csv", **settings)
-    metrics, field = result.metrics, result.metrics["field"]
-    bone, soft = (next(g for g in metrics["landmarks"] if g["group"] == name) for name in ("bone", "soft tissue"))
+    metrics, field = result.metrics, result.metrics.field
+    bone, soft = (next(gain for gain in metrics.landmarks if gain.now.group == name) for name in ("bone", "soft tissue"))
     return {
-        "start_mm": bone["start_mean_mm"],
-        "prealigned_mm": bone["prealigned_mean_mm"],
+        "start_mm": bone.start_mean_mm,
+        "prealigned_mm": bone.prealigned_mean_mm,
         "best_rigid_mm": json.loads((case / "truth.json").read_text())["rigid_mm"],
-        "tre_mm": bone["mean_mm"],
-        "p95_mm": bone["p95_mm"],
-        "max_mm": bone["max_mm"],
-        "soft_mm": soft["mean_mm"],
-        "volume_mean_percent": metrics["rigidity"]["volume_change_mean_percent"],
-        "volume_max_percent": metrics["rigidity"]["volume_change_max_percent"],
-        "folded": field["n_folded"] + field["ndv"]["n_failing"],
-        "inverse_mean_mm": field["inverse_after_forward"]["mean_mm"],
-        "inverse_p99_mm": field["inverse_after_forward"]["p99_mm"],
-        "seconds": sum(metrics["seconds"].values()),
-        "memory_gb": metrics["environment"]["peak_memory_gb"],
+        "tre_mm": bone.now.mean_mm,
+        "p95_mm": bone.now.p95_mm,
+        "max_mm": bone.now.max_mm,
+        "soft_mm": soft.now.mean_mm,
+        "volume_mean_percent": metrics.rigidity.volume_change_mean_percent,
+        "volume_max_percent": metrics.rigidity.volume_change_max_percent,
+        "folded": field.n_folds,
+        "inverse_mean_mm": field.inverse_after_forward.mean_mm,
+        "inverse_p99_mm": field.inverse_after_forward.p99_mm,
+        "seconds": sum(metrics.seconds.values()),
+        "memory_gb": metrics.environment.peak_memory_gb,
     }
 
 
