@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+import spinereg
 from spinereg.interactive.monitor import Budget, TrainingMonitor, clock
 from spinereg.interactive.steering import Controls, Requests, add_run
 from spinereg.losses.objective import TERMS, Weights
@@ -84,7 +85,7 @@ def test_axes_are_drawn_anew_only_now_and_then():
 
 
 def test_the_curves_and_the_slices_of_a_run_are_drawn():
-    monitor = TrainingMonitor(share=1.0)
+    monitor = TrainingMonitor(fraction=1.0)
     monitor(step_of(1))
     first = pixels(monitor.png())
     for number in range(2, 8):
@@ -105,8 +106,8 @@ def test_what_is_drawn_fast_is_what_the_whole_figure_looks_like():
     assert fast.shape == whole.shape and (np.abs(fast - whole).max(-1) > 30).mean() < 0.002
 
 
-def test_d3_stop_and_weights_are_granted_at_the_next_step_and_once():
-    """D3: the step that hears of Stop is the last."""
+def test_d3_stop_and_weights_count_from_the_next_step_and_once():
+    """D3: the step after which Stop was pressed is the last."""
     monitor, weights = TrainingMonitor(), replace(WEIGHTS)
     monitor(step_of(1, weights=weights))
     monitor.requests.weights |= {"diffusion": 0.5}
@@ -140,7 +141,7 @@ def test_a_monitor_can_watch_another_run(ends, monkeypatch):
 
 def test_slices_keep_their_size_in_mm_when_the_case_or_the_level_changes():
     """The outline lies around the bright box, whatever the size of the first look."""
-    monitor, sizes = TrainingMonitor(share=1.0), iter([(12, 20, 24), (12, 40, 80), (6, 20, 40)])
+    monitor, sizes = TrainingMonitor(fraction=1.0), iter([(12, 20, 24), (12, 40, 80), (6, 20, 40)])
 
     def boxes(shape):
         grid = Grid(shape, np.diag([24 / shape[0]] * 3 + [1.0]))
@@ -198,7 +199,7 @@ def test_a_slider_begins_where_the_browser_does_not_round_it_and_is_off_at_its_e
 
 
 def test_another_case_can_be_chosen():
-    monitor = TrainingMonitor(share=1.0)
+    monitor = TrainingMonitor(fraction=1.0)
     monitor.box  # noqa: B018  as a notebook would ask for it
     monitor(step_of(1))
     monitor.controls.case.value = 1
@@ -217,7 +218,17 @@ def test_a_registration_has_one_case_and_no_menu():
     assert monitor.controls.case is None and "4 mm" in monitor.live.words.get_text()
 
 
-def test_drawing_keeps_to_its_share(monkeypatch):
+def test_dice_before_is_measured_once_and_not_on_the_grid_of_every_level():
+    """One start, one figure: what it was before the registration does not depend on how coarse the level is."""
+    files = [ROOT / "data_samples/test/easy_0" / f"{name}.nii.gz" for name in ("mr_t1", "ct", "ct_mask", "mr_mask")]
+    monitor = TrainingMonitor(fraction=1.0)
+    spinereg.register(*files, prealign="header", spacing_mm=4.0, levels=(4, 2, 1), steps=(2, 2, 2), on_step=monitor)
+    before = np.array(monitor.log.traces["dice_before"])
+    known = before[np.isfinite(before)]
+    assert monitor.log.begins == [3, 5] and len(known) >= 3 and np.ptp(known) == 0
+
+
+def test_drawing_keeps_to_its_fraction(monkeypatch):
     """On a clock of our own: in a run of 1000 s, drawings of 1 and looks of 5 s take 3 % at most, and happen."""
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
@@ -235,7 +246,7 @@ def test_drawing_keeps_to_its_share(monkeypatch):
 
 def test_d4_ten_thousand_steps_do_not_fill_the_memory():
     """D4: a number per curve and step is kept, and no picture."""
-    monitor = TrainingMonitor(share=0.0)
+    monitor = TrainingMonitor(fraction=0.0)
     monitor(step_of(1, of=20000))
     tracemalloc.start()
     for number in range(2, 10001):
@@ -252,7 +263,7 @@ sys.path.insert(0, {tests!r})
 import matplotlib.pyplot as plt, psutil
 from spinereg.interactive.monitor import TrainingMonitor
 from test_monitor import step_of
-monitor, seen = TrainingMonitor(share=1.0), []
+monitor, seen = TrainingMonitor(fraction=1.0), []
 for number in range(1, 501):
     monitor(step_of(number, of=500))
     monitor.draws.every_s = monitor.looks.every_s = 0.0

@@ -44,8 +44,8 @@ def weight_slider(
 ) -> widgets.FloatLogSlider:
     "A slider for the weight of one term, from a hundredth to a hundred times of it."
     middle = math.log10(weight) if weight else -3
-    look = {"style": {"description_width": "110px"}, "layout": {"width": "340px"}, "readout_format": ".2g"}
-    return widgets.FloatLogSlider(weight or 10.0 ** (middle - 2), min=middle - 2, max=middle + 2, step=0.05, description=name, **look)
+    style = {"style": {"description_width": "110px"}, "layout": {"width": "340px"}, "readout_format": ".2g"}
+    return widgets.FloatLogSlider(weight or 10.0 ** (middle - 2), min=middle - 2, max=middle + 2, step=0.05, description=name, **style)
 
 
 def slider_weight(
@@ -112,7 +112,7 @@ def add_run(
 def listen(
     controls: Sequence[widgets.Widget],
 ) -> None:
-    "Let what is done to widgets be heard while the main thread is busy."
+    "Take note of what is done to widgets while the main thread is busy."
     for control in controls:
         if control.comm is not None:
             vars(control.comm).pop("_reply_subshell_id", None)

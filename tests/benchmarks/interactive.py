@@ -100,7 +100,7 @@ def in_browser(count=40):
 
 
 def train(folder, watch, steps):
-    "Seconds of some training steps with a watcher, the first left out."
+    "Seconds of some training steps with a callback, the first left out."
     settings = {"spacing_mm": 2.0, "crop": (32, 64, 64), "crops_per_case": 1, "prealign": "header", "similarity": "lncc", "logger": "none"}
     settings |= {"cache_dir": Path(folder) / "prepared", "epochs_similarity": steps, "epochs_rigidity": 0, "validate_every": steps + 1}
     times = []
@@ -121,9 +121,9 @@ def monitor(steps=60, rounds=2):
     with tempfile.TemporaryDirectory() as folder:
         train(folder, None, 3)
         for _ in range(rounds):
-            watcher = TrainingMonitor()
-            alone, watched = train(folder, None, steps), train(folder, watcher, steps)
-            ratios.append((watched / alone - 1, (watcher.draws.spent + watcher.looks.spent) / watched, alone))
+            monitor = TrainingMonitor()
+            alone, watched = train(folder, None, steps), train(folder, monitor, steps)
+            ratios.append((watched / alone - 1, (monitor.draws.spent + monitor.looks.spent) / watched, alone))
     said = "{:.0f} s alone, {:+.1f} % with it; drawing took {:.1f} % by its own clock"
     return [said.format(alone, 100 * slower, 100 * drawn) for slower, drawn, alone in ratios]
 
