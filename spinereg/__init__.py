@@ -17,6 +17,7 @@ PUBLIC = {  # name -> where it is defined; imported when it is first asked for
     "Pair": "files.pairs",
     "SpineTransform": "files.transforms",
     "Registration": "registration.results",
+    "Metrics": "registration.report",
     "Fitted": "learning.fit",
     "Step": "registration.run",
     "InputError": "files.problems",

@@ -1,14 +1,17 @@
 "The baseline: elastix in a process of its own, its parameters, its penalty, its result. Few steps on coarse grids."
 
+import inspect
 import os
 import subprocess
 import sys
+import time
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import psutil
 import pytest
 import torch
 from scipy.interpolate import BSpline
@@ -24,13 +27,14 @@ from spinereg.compare.elastix import (
     register_elastix,
     run_child,
     solve,
+    whole_transform,
     write_inputs,
 )
 from spinereg.files.nifti import NativeSpace
 from spinereg.files.volumes import Labels
 from spinereg.losses.objective import batch_on_grid
 from spinereg.registration.scene import Scene
-from spinereg.space.fields import jacobian, warp
+from spinereg.space.fields import determinant, jacobian, warp
 from spinereg.space.geometry import Grid
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,6 +81,15 @@ def test_settings_that_make_no_sense_are_refused_by_name():
         ElastixSettings(**USUAL | {"weight_rigidity": -1.0})
 
 
+def test_defaults_are_the_same_wherever_they_stand():
+    """A setting that is left out means the same to `register_elastix`, to its settings and to the words for elastix."""
+    usual, settings = inspect.signature(register_elastix).parameters, ElastixSettings(fixed="mr.nii.gz", moving="ct.nii.gz")
+    for name, parameter in list(usual.items())[2:]:
+        assert getattr(settings, name) == parameter.default, name
+    for name, parameter in inspect.signature(parameter_map).parameters.items():
+        assert parameter.default == usual[name].default, name
+
+
 @pytest.mark.parametrize(
     ("does", "limit_s", "said"),
     [
@@ -91,6 +104,40 @@ def test_what_happens_to_the_child_is_an_error_here(tmp_path, does, limit_s, sai
     (tmp_path / "itk.py").write_text(does)
     with pytest.raises(ElastixError, match=said):
         run_child(tmp_path, 1, limit_s)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a child whose parent is gone")
+def test_child_ends_with_a_parent_that_is_killed(tmp_path):
+    """Nothing may go on computing for minutes when the process that waits for it is gone: here another `itk` writes down who it is, and hangs."""
+    (tmp_path / "itk.py").write_text("import os, pathlib, time\npathlib.Path('pid').write_text(str(os.getpid()))\ntime.sleep(60)")
+    code = "import sys, pathlib; from spinereg.compare.elastix import run_child; run_child(pathlib.Path(sys.argv[1]), 1, 60.0)"
+    parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdout=subprocess.DEVNULL)
+    written = tmp_path / "pid"
+    while not (written.exists() and written.read_text()):
+        assert parent.poll() is None
+        time.sleep(0.1)
+    child = psutil.Process(int(written.read_text()))
+    parent.kill()
+    parent.wait()
+    gone, _ = psutil.wait_procs([child], timeout=10)
+    assert gone or child.status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize("size_mm", [1.0, 60.0], ids=["small", "large"])
+def test_map_of_the_whole_world_keeps_the_field_ends_at_zero_and_folds_nothing(size_mm):
+    """Also where the displacement at the border is larger than the usual fade; and the inverse undoes it."""
+    grid = Grid((9, 11, 7), np.diag([2.0, 3.0, 2.0, 1.0]))
+    disp = size_mm * torch.tensor([0.6, -0.64, 0.48])[None, :, None, None, None].expand(1, 3, *grid.shape)
+    full = whole_transform(disp, grid, np.eye(4))
+    start = np.round(np.linalg.inv(full.grid.affine) @ grid.affine)[:3, 3].astype(int)
+    inner = tuple(slice(s, s + n) for s, n in zip(start, grid.shape))
+    assert torch.equal(full.disp[(slice(None), slice(None), *inner)], disp)
+    outside = full.disp.clone()
+    outside[(slice(None), slice(None), *(slice(1, -1),) * 3)] = 0
+    assert not outside.any()
+    assert determinant(jacobian(full.disp, full.grid)).min() > 0
+    points = grid.points_mm(torch.zeros(1, dtype=torch.float64)).reshape(-1, 3)
+    assert (full.inverse_points(full.points(points)) - points).norm(dim=-1).max() < 0.1
 
 
 def test_mask_is_the_moving_bone_after_pre_alignment():

@@ -201,6 +201,49 @@ def test_app_defines_no_function(path):
     assert not [node for node in ast.walk(parsed(path)) if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Lambda)]
 
 
+# the form of the notebooks: one idea in an exported cell, explained above and checked below
+
+
+def exported(path):
+    "The source of every exported cell that defines something, imports not counted, without its directives."
+    texts = [re.sub(r"(?m)^#\|.*\n?", "", source(cell)) for cell in cells(path) if re.match(r"#\|\s*export", source(cell))]
+    return [text for text in texts if any(not isinstance(node, ast.Import | ast.ImportFrom) for node in ast.parse(text).body)]
+
+
+def body_lines(text):
+    "Lines of an exported cell without blanks, comments, signatures (with what stands behind each argument) and annotated fields."
+    heads = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            heads += range(node.lineno, node.body[0].lineno)
+        if isinstance(node, ast.ClassDef):
+            heads += [number for field in node.body if isinstance(field, ast.AnnAssign) for number in range(field.lineno, field.end_lineno + 1)]
+    return sum(bool(re.match(r"\s*[^#\s]", line)) for number, line in enumerate(text.splitlines(), 1) if number not in heads)
+
+
+def is_check(cell):
+    "A cell that is not exported and compares what came out with something."
+    return not re.match(r"#\|\s*export", source(cell)) and re.search(r"\bassert\b|raises|allclose", source(cell))
+
+
+@pytest.mark.parametrize("path", BOOK, ids=name_of)
+def test_exported_cells_hold_one_idea_and_modules_can_be_read_in_one_sitting(path):
+    """At most 30 body lines in an exported cell, and 400 exported lines in a module."""
+    long = {text.split("\n")[0]: body_lines(text) for text in exported(path) if body_lines(text) > 30}
+    assert not long
+    assert sum(len(text.strip().splitlines()) for text in exported(path)) <= 400
+
+
+def test_the_book_explains_and_checks_what_it_exports():
+    """Over all notebooks: half of the exported cells have at most 12 body lines; 2 words of prose per exported line; 0.7 checks per exported cell."""
+    texts = [text for path in BOOK for text in exported(path)]
+    words = sum(len(re.findall(r"\w+", source(cell))) for path in BOOK for cell in cells(path, "markdown"))
+    checks = [cell for path in BOOK for cell in cells(path) if is_check(cell)]
+    assert np.median([body_lines(text) for text in texts]) <= 12
+    assert words >= 2 * sum(len(text.strip().splitlines()) for text in texts)
+    assert len(checks) >= 0.7 * len(texts)
+
+
 # the package
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['missing_file', 'file_bytes', 'open_nifti', 'scalar_volume', 'usable_affine', 'read_qform', 'header_affines',
-           'choose_affine', 'NativeSpace', 'read_nifti', 'write_image']
+           'usable_kinds', 'choose_affine', 'NativeSpace', 'read_nifti', 'result_header', 'write_image']
 
 # %% ../../nbs/12_files.nifti.ipynb #d50821e5
 import gzip
@@ -116,7 +116,7 @@ def read_qform(
     except (nib.spatialimages.HeaderDataError, ValueError):
         return np.full((4, 4), np.nan)
 
-
+# %% ../../nbs/12_files.nifti.ipynb #a2c7bea2
 def header_affines(
     header: nib.Nifti1Header,
     sizes: np.ndarray,  # (3,) voxel sizes exactly as the header has them
@@ -127,13 +127,12 @@ def header_affines(
         found["qform"] = read_qform(header, sizes)
     return found
 
-# %% ../../nbs/12_files.nifti.ipynb #ae53752b
-def choose_affine(
+# %% ../../nbs/12_files.nifti.ipynb #cae88e2d
+def usable_kinds(
     affines: Mapping[str, np.ndarray],  # from `header_affines`
-    shape: tuple[int, int, int],
     file: InputFile,
-) -> np.ndarray:  # (4, 4) float64 voxel index -> world RAS mm
-    "The map to the world to believe."
+) -> list[str]:  # "sform", "qform", the one to prefer first; at least one
+    "Which of a header's maps to the world can be used."
     if not affines:
         fix = "Export it again, or state the affine once with nibabel: image.set_sform(affine, code=1)."
         raise file.error("its header holds no orientation (sform and qform codes are both 0)", fix)
@@ -142,14 +141,23 @@ def choose_affine(
         sizes = " and ".join(f"{kind} with voxel sizes {np.linalg.norm(affine[:3, :3], axis=0).round(3)}" for kind, affine in affines.items())
         fix = "Export it again, or state the affine (mm) with nibabel: image.set_sform(affine, code=1)."
         raise file.error(f"its affine is singular, not finite or not in mm ({sizes})", fix)
-    used = good[0]
-    if len(good) < len(affines) and used == "qform":
+    return good
+
+# %% ../../nbs/12_files.nifti.ipynb #ae53752b
+def choose_affine(
+    affines: Mapping[str, np.ndarray],  # from `header_affines`
+    shape: tuple[int, int, int],
+    file: InputFile,
+) -> np.ndarray:  # (4, 4) float64 voxel index -> world RAS mm
+    "The map to the world to believe."
+    good = usable_kinds(affines, file)
+    if len(good) < len(affines) and good[0] == "qform":
         file.notice("the sform is singular; the qform is used")
     if len(good) == 2:
         apart_mm = np.abs(Grid(shape, affines["sform"]).corners_mm() - Grid(shape, affines["qform"]).corners_mm()).max()
         if apart_mm > 0.1:
             file.notice(f"sform and qform put a corner {apart_mm:.1f} mm apart; the sform is used")
-    return affines[used].astype(np.float64)
+    return affines[good[0]].astype(np.float64)
 
 # %% ../../nbs/12_files.nifti.ipynb #dff3fd9d
 @dataclass(frozen=True, eq=False)
@@ -160,18 +168,6 @@ class NativeSpace:
     header: nib.Nifti1Header  # as read
     affine: np.ndarray  # (4, 4) as stored: voxel index -> world RAS mm
     grid: Grid  # of its voxels, RAS-ordered
-
-    @property
-    def shape(self) -> tuple[int, int, int]:  # as stored
-        return tuple(self.header.get_data_shape()[:3])
-
-    @property
-    def sform_code(self) -> int:
-        return int(self.header["sform_code"])
-
-    @property
-    def qform_code(self) -> int:
-        return int(self.header["qform_code"])
 
 # %% ../../nbs/12_files.nifti.ipynb #8967a151
 def read_nifti(
@@ -190,6 +186,24 @@ def read_nifti(
         file.notice(f"its axes are sheared by {shear:.2f} degrees; the nearest orthogonal ones are used, at most {off_mm:.2f} mm off")
     return data, NativeSpace(file.path, image.header, affine, grid if shear > 0.5 else orthonormal_grid(grid))
 
+# %% ../../nbs/12_files.nifti.ipynb #31263472
+def result_header(
+    native: NativeSpace,
+    dtype: str,  # of the voxels to be written
+    intent: str | None = None,  # NIfTI intent such as "vector"
+) -> nib.Nifti1Header:
+    "The header of a file, for other voxels in the same space."
+    header = native.header.copy()
+    header.extensions.clear()
+    header.set_data_dtype(dtype)
+    header.set_slope_inter(1, 0)
+    header["cal_min"], header["cal_max"] = 0, 0
+    header.set_intent(intent or "none")
+    header["pixdim"][4:] = 1
+    if header["sform_code"] > 0 and not usable_affine(header.get_sform()):
+        header.set_sform(native.affine, int(header["sform_code"]))
+    return header
+
 # %% ../../nbs/12_files.nifti.ipynb #02543c3d
 def write_image(
     path: str | Path,
@@ -204,16 +218,7 @@ def write_image(
         raise ValueError(f"data of shape {array.shape[:3]} is not on the native grid {native.grid.shape} of {native.path}; resample it there first")
     if np.issubdtype(np.dtype(dtype), np.integer) and array.dtype.kind not in "iu":
         raise ValueError(f"{array.dtype} data cannot be written as {dtype} without rounding; convert it to integers first")
-    array = from_ras(array, native.affine).astype(dtype)
-    header = native.header.copy()
-    header.extensions.clear()
-    header.set_data_dtype(dtype)
-    header.set_slope_inter(1, 0)
-    header["cal_min"], header["cal_max"] = 0, 0
-    header.set_intent(intent or "none")
-    header["pixdim"][4:] = 1
-    if header["sform_code"] > 0 and not usable_affine(header.get_sform()):
-        header.set_sform(native.affine, int(header["sform_code"]))
+    array, header = from_ras(array, native.affine).astype(dtype), result_header(native, dtype, intent)
     kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
     image = kind(array[:, :, :, None, :] if array.ndim == 4 else array, None, header)
     return write_atomic(path, image.to_filename)

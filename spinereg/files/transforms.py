@@ -137,7 +137,7 @@ def read_composite(
     lps[:3, 3] = image.GetOrigin()
     grid = Grid(image.GetSize(), FLIP @ lps)
     vectors = sitk.GetArrayFromImage(image).transpose(2, 1, 0, 3) @ FLIP[:3, :3]
-    return grid, along_axes(torch.as_tensor(vectors), grid).float(), linear_matrix(affine)
+    return grid, along_axes(torch.as_tensor(vectors), grid).float().contiguous(), linear_matrix(affine)
 
 # %% ../../nbs/15_files.transforms.ipynb #93a49c08
 def comes_back(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['pose_table', 'vertebra_table', 'touches_border', 'rigidity_means', 'BoneFigures', 'measure_bones', 'Compared',
            'compare_labels', 'measure_labels', 'measure_landmarks', 'measure_likeness', 'measure_field', 'view_of',
-           'Measured', 'measure', 'Registration', 'write_figures', 'write_images', 'save']
+           'Measured', 'measure_all', 'Registration', 'write_figures', 'write_images', 'save']
 
 # %% ../../nbs/46_registration.results.ipynb #5e830d6b
 import json
@@ -259,7 +259,7 @@ class Measured(NamedTuple):
     view: Overview
 
 
-def measure(
+def measure_all(
     pair: Pair,
     transform: SpineTransform,
     scene: Scene,  # what was registered
