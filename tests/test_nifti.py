@@ -109,7 +109,8 @@ def test_A14_both_affines_stay_even_when_they_differ(tmp_path, sform, qform):
     image.header.set_qform(other, qform)
     path = image_path(tmp_path, nib.Nifti1Image(image.get_fdata().astype("int16"), None, image.header))
     data, native = read_nifti(path)
-    assert (native.sform_code, native.qform_code, native.shape) == (sform, qform, (9, 10, 12))
+    codes = native.header["sform_code"], native.header["qform_code"]
+    assert (*codes, native.header.get_data_shape()) == (sform, qform, (9, 10, 12))
     write_image(tmp_path / "out.nii.gz", torch.from_numpy(data).float(), native)
     before, after = raw_header(path), raw_header(tmp_path / "out.nii.gz")
     assert np.array_equal(before.get_sform(), after.get_sform())
@@ -151,9 +152,9 @@ def test_vector_file_has_five_dimensions(tmp_path):
     vectors = torch.from_numpy(np.stack([data, data + 1000, data + 2000], -1).astype("float32"))
     path = write_image(tmp_path / "disp.nii.gz", vectors, native, intent="vector")
     written = nib.load(path)
-    assert written.shape == (*native.shape, 1, 3)
+    assert written.shape == (*native.header.get_data_shape(), 1, 3)
     assert written.header.get_intent()[0] == "vector"
-    assert np.array_equal(written.get_fdata()[..., 0, 1] - written.get_fdata()[..., 0, 0], np.full(native.shape, 1000))
+    assert np.array_equal(written.get_fdata()[..., 0, 1] - written.get_fdata()[..., 0, 0], np.full(native.header.get_data_shape(), 1000))
     field = sitk.ReadImage(str(path))
     assert (field.GetNumberOfComponentsPerPixel(), field.GetDimension()) == (3, 3)
 

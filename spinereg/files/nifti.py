@@ -169,18 +169,6 @@ class NativeSpace:
     affine: np.ndarray  # (4, 4) as stored: voxel index -> world RAS mm
     grid: Grid  # of its voxels, RAS-ordered
 
-    @property
-    def shape(self) -> tuple[int, int, int]:  # as stored
-        return tuple(self.header.get_data_shape()[:3])
-
-    @property
-    def sform_code(self) -> int:
-        return int(self.header["sform_code"])
-
-    @property
-    def qform_code(self) -> int:
-        return int(self.header["qform_code"])
-
 # %% ../../nbs/12_files.nifti.ipynb #8967a151
 def read_nifti(
     file: InputFile,
