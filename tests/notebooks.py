@@ -22,7 +22,7 @@ from execnb.shell import CaptureShell
 ROOT = Path(__file__).resolve().parent.parent
 VARIES = re.compile(r"(?m)^# output varies: (.+)")
 NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?(?!\w)")
-PROGRESS = re.compile(r"(?m)^.*\d+ ?% ?\|.*$")
+FLEETING = re.compile(r"(?m)^.*\d+ ?% ?\|.*$|^<\w+ size \d+x\d+ with \d+ Axes>$")
 PASSING = re.compile(r"0x[0-9a-f]{6,}|(?:[\w:]|\\\\?|/)*[/\\]tmp\w{6,}")
 
 
@@ -32,7 +32,7 @@ def texts(outputs):
     shown = [output["data"] for output in outputs if "data" in output]
     shown = [data for data in shown if not any(kind.startswith(("image/", "application/")) for kind in data)]
     found = [stream, *("".join(data.get("text/markdown") or data.get("text/plain", "")) for data in shown)]
-    found = [" ".join(PASSING.sub("...", PROGRESS.sub("", text.replace("\r", "\n"))).split()) for text in found]
+    found = [" ".join(PASSING.sub("...", FLEETING.sub("", text.replace("\r", "\n"))).split()) for text in found]
     return [found[0], *filter(None, found[1:])]
 
 

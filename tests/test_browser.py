@@ -119,9 +119,9 @@ import ipywidgets, spinereg
 from spinereg.interactive.monitor import TrainingMonitor
 from spinereg.registration.run import weights_changed
 
-monitor, number, heard = TrainingMonitor(), ipywidgets.Label(), []
+monitor, number, pressed = TrainingMonitor(), ipywidgets.Label(), []
 display(number, monitor)
-monitor.controls.stop.on_click(lambda _: heard.append(monitor.log.steps))
+monitor.controls.stop.on_click(lambda _: pressed.append(monitor.log.steps))
 
 def watch(step):
     monitor(step)
@@ -136,14 +136,14 @@ def fit():
 
 def run(job):
     steps = job()
-    number.value = json.dumps([heard[0], len(steps), weights_changed(steps)])
+    number.value = json.dumps([pressed[0], len(steps), [change._asdict() for change in weights_changed(steps)]])
 
 """
 )
 
 
 @pytest.mark.parametrize("start", ["run(register)", "run(fit)", "ThreadPoolExecutor(1).submit(run, fit);"])
-def test_d3_a_running_loop_hears_stop_pause_and_weights(lab, start):
+def test_d3_a_running_loop_follows_stop_pause_and_weights(lab, start):
     """D3: in the cell itself and in a background thread; Stop takes effect within a step, a weight from the next one on."""
     lab.write("stop.ipynb", RUN + start)
     lab.open("stop.ipynb")
@@ -165,8 +165,8 @@ def test_d3_a_running_loop_hears_stop_pause_and_weights(lab, start):
     expect(number).not_to_have_text(held)
     outputs.get_by_role("button", name="Stop").click()
     expect(number).to_have_text(re.compile(r"^\["), timeout=60_000)
-    heard, ended, changes = json.loads(number.inner_text())
-    assert heard <= ended <= heard + 1
+    pressed, ended, changes = json.loads(number.inner_text())
+    assert pressed <= ended <= pressed + 1
     assert [change["term"] for change in changes] == ["diffusion"] and changes[0]["after"] < changes[0]["before"]
     expect(outputs.get_by_role("button", name="Stop")).to_be_disabled()
     lab.wait()
