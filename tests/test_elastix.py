@@ -232,31 +232,21 @@ def test_b5_penalty_is_that_of_the_field_where_the_moving_mask_is(ran):
     assert np.square(np.linalg.det(J[c]) - 1).mean() == pytest.approx(last.pc, rel=1e-6)
 
 
-@pytest.fixture(scope="module")
-def registered(tmp_path_factory):
-    "A case without and with the penalty, and the folder of the second."
+@needs_elastix
+def test_b5_penalty_halves_the_strain_of_bone_and_files_are_those_of_register(tmp_path):
+    """B5: the same seed without and with it; the strain of the moved vertebrae, by differences, falls to less than half.
+
+    The files are those of `register`; the history tells of the penalty only where there is one.
+    """
     names = {"fixed": "mr_t1", "moving": "ct", "moving_labels": "ct_mask", "fixed_labels": "mr_mask"}
     files = {key: CASE / f"{name}.nii.gz" for key, name in names.items()} | {"landmarks": CASE / "landmarks.csv"}
-    out = tmp_path_factory.mktemp("out")
-    free = register_elastix(**files, weight_rigidity=0.0, **QUICK)
-    return free, register_elastix(**files, out_dir=out, **QUICK), out
-
-
-@needs_elastix
-def test_b5_penalty_halves_the_strain_of_bone(registered):
-    """B5: the same seed without and with it; the strain of the moved vertebrae, by differences, falls to less than half."""
+    free, result = register_elastix(**files, weight_rigidity=0.0, **QUICK), register_elastix(**files, out_dir=tmp_path, **QUICK)
     strains = []
-    for result in registered[:2]:
-        J = jacobian(result.transform.disp_on(result.view.grid), result.view.grid)[0][result.view.labels > 0]
+    for each in (free, result):
+        J = jacobian(each.transform.disp_on(each.view.grid), each.view.grid)[0][each.view.labels > 0]
         strains.append((J.mT @ J - torch.eye(3)).square().sum((1, 2)).mean())
     assert strains[1] < 0.5 * strains[0]
-
-
-@needs_elastix
-def test_result_and_files_are_those_of_register(registered):
-    """The files of `register`; the history tells of the penalty only where there is one."""
-    free, result, out = registered
-    found = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
+    found = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
     whole = {"transform.h5", "inverse.h5", "disp.nii.gz", "moved.nii.gz", "moved_labels.nii.gz", "vertebrae.csv", "metrics.json", "overview.png"}
     assert found == whole | {f"vertebrae/{name}.tfm" for name in result.vertebrae.index}
     assert result.metrics.parameters["itk_elastix"] == version("itk-elastix")

@@ -21,6 +21,7 @@ from spinereg.apps.paths import given_parameters
 from spinereg.files.pairs import read_pair
 from spinereg.files.problems import InputError
 from spinereg.files.transforms import read_transform
+from spinereg.losses.objective import TERMS
 from spinereg.registration.prealign import rigid_start
 from spinereg.registration.register import apply, memory_warning, register
 from spinereg.registration.scene import Scene, make_batch, make_scene, overlap_mask, working_grid
@@ -148,6 +149,15 @@ def test_B5_the_rigidity_terms_have_an_effect():
     held = register(**given, **QUICK)
     assert held.vertebrae.residual_rms_mm.mean() < 0.5 * free.vertebrae.residual_rms_mm.mean()
     assert held.vertebrae.volume_change_percent.abs().mean() < 0.5 * free.vertebrae.volume_change_percent.abs().mean()
+
+
+def test_every_term_of_the_objective_can_be_weighed():
+    "The rigid Dice, off by default, counts where it is given a weight."
+    result = register(**files("easy_0"), spacing_mm=3.0, levels=(1,), steps=(2,), weight_rd=0.1)
+    terms = result.history[list(TERMS)].iloc[-1]
+    weights = result.history[[f"weight_{name}" for name in TERMS]].iloc[-1]
+    assert result.history.weight_rd.tolist() == [0.1, 0.1] and terms.rd > 0
+    assert result.history.loss.iloc[-1] == pytest.approx(terms.to_numpy() @ weights.to_numpy(), rel=1e-5)
 
 
 def stored_as(source, target, codes=None, world=None):

@@ -248,7 +248,7 @@ def begin(
 
 # %% ../../nbs/55_learning.fit.ipynb #1c944839
 class Reporter:
-    "A bar with the time left, and a callback that hears of every step."
+    "A bar with the time left, and a callback that is called after every step."
 
     def __init__(
         self,

@@ -112,7 +112,7 @@ def look_at(
 # %% ../../nbs/43_registration.optimise.ipynb #fbc92ccc
 @dataclass
 class Journal:
-    "What happened in a run, the bar that shows how far it is, and the callback that hears of every step."
+    "What happened in a run, the bar that shows how far it is, and the callback that is called after every step."
 
     bar: tqdm  # counts voxels
     weights: Weights

@@ -129,6 +129,7 @@ class RegisterSettings(Inputs):
     weight_diffusion: float = 3.0  # smoothness of the velocity
     weight_oc: float = 3.0  # orthonormality of bone; 0.03 of it before the finest level
     weight_pc: float = 3.0  # properness (volume) of bone; likewise
+    weight_rd: float = 0.0  # rigid Dice of bone
     weight_rf: float = 0.3  # rigid field of bone, per mm
 
     def __post_init__(self):
@@ -296,6 +297,7 @@ def register(
     weight_diffusion: float = 3.0,  # smoothness of the velocity
     weight_oc: float = 3.0,  # orthonormality of bone; 0.03 of it before the finest level
     weight_pc: float = 3.0,  # properness (volume) of bone; likewise
+    weight_rd: float = 0.0,  # rigid Dice of bone
     weight_rf: float = 0.3,  # rigid field of bone, per mm
     on_step: Callable[[Step], None] | None = None,  # called after every step; may change weights, and stop
 ) -> Registration:
@@ -305,11 +307,11 @@ def register(
         method=method, weights=weights, polish=polish, moving_modality=moving_modality, fixed_modality=fixed_modality,
         moving_scheme=moving_scheme, fixed_scheme=fixed_scheme, prealign=prealign, spacing_mm=spacing_mm, device=device, seed=seed,
         similarity=similarity, levels=levels, steps=steps, step_mm=step_mm,
-        weight_diffusion=weight_diffusion, weight_oc=weight_oc, weight_pc=weight_pc, weight_rf=weight_rf,
+        weight_diffusion=weight_diffusion, weight_oc=weight_oc, weight_pc=weight_pc, weight_rd=weight_rd, weight_rf=weight_rf,
     )
     trained = load_network(weights, choose_device(device)) if method == "network" else None
     prepared = prepare(settings)
-    terms = Weights(diffusion=weight_diffusion, oc=weight_oc, pc=weight_pc, rf=weight_rf)
+    terms = Weights(diffusion=weight_diffusion, oc=weight_oc, pc=weight_pc, rd=weight_rd, rf=weight_rf)
     descend = partial(optimise, prepared.scene, prepared.grid, similarity_of(similarity), terms, step_mm=step_mm, on_step=on_step)
     if method == "rigid":
         found = stay(prepared)
