@@ -160,7 +160,7 @@ def learner():
 
 
 def test_a_step_is_adam_on_the_weighted_sum_of_the_terms(learner, batch):
-    """Against the same step written out with torch alone."""
+    """Against the same step written out with torch's own Adam and `backward`; the terms themselves are tested in test_objective."""
     plain = UNet()
     plain.load_state_dict(learner.network.state_dict())
     optimiser = torch.optim.Adam(plain.parameters(), lr=1e-3)

@@ -1,5 +1,5 @@
 """Notebooks that papermill runs."""
 
-from .paths import app, apps
+from .paths import app, apps, given_parameters, sample_case
 
-__all__ = ["app", "apps"]
+__all__ = ["app", "apps", "given_parameters", "sample_case"]

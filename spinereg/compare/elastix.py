@@ -20,6 +20,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from numbers import Real
 from pathlib import Path
 from typing import ClassVar, NamedTuple, TextIO
 
@@ -275,8 +276,9 @@ class ElastixSettings(Inputs):
     def faults(self) -> list[str]:
         "What makes no sense; empty texts where nothing is wrong."
         found = [whole(name, getattr(self, name), least) for name, least in (("iterations", 1), ("samples", 100), ("seed", 0))]
-        ranges = {"grid_spacing_mm": (2 * self.spacing_mm, 100), "weight_similarity": (1e-6, 1e6), "weight_rigidity": (0, 1e6), "timeout_s": (1, 1e6)}
-        return [*super().faults(), *found, *(in_range(name, getattr(self, name), low, high) for name, (low, high) in ranges.items())]
+        finest_mm = 2 * self.spacing_mm if isinstance(self.spacing_mm, Real) else 0
+        ranges = {"grid_spacing_mm": (finest_mm, 100), "weight_similarity": (1e-6, 1e6), "weight_rigidity": (0, 1e6), "timeout_s": (1, 1e6)}
+        return [*super().faults(), self.labels_fault(), *found, *(in_range(name, getattr(self, name), low, high) for name, (low, high) in ranges.items())]
 
 
 def need_elastix() -> None:

@@ -57,7 +57,7 @@ def file_bytes(
 # %% ../../nbs/12_files.nifti.ipynb #8d1b7a79
 def open_nifti(
     file: InputFile,
-) -> tuple[nib.Nifti1Image, np.ndarray, np.ndarray]:  # image, its voxels as stored, (3,) voxel sizes exactly as the header has them
+) -> tuple[nib.Nifti1Image, np.ndarray, np.ndarray]:  # image, its voxels, scaled as the header says, (3,) voxel sizes exactly as the header has them
     "Open a NIfTI-1 or NIfTI-2 file and read all of it."
     raw = file_bytes(file)
     kinds = {348: nib.Nifti1Image, 540: nib.Nifti2Image}

@@ -73,15 +73,16 @@ class InputFile:
 def write_together(
     folder: str | Path,  # made when missing
     replaced: Sequence[str] = (),  # patterns of older files in it that go when the new ones come
+    last: str = "",  # name of the file that says that all are there: the first to go, the last to come
 ) -> Iterator[Path]:  # an empty folder to write into
     "Write files aside; they take their places in a folder once all of them are whole."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as aside:
         yield Path(aside)
-        for old in [path for pattern in replaced for path in folder.glob(pattern)]:
+        for old in [path for pattern in (last, *replaced) if pattern for path in folder.glob(pattern)]:
             old.unlink()
-        for path in sorted(Path(aside).rglob("*")):
+        for path in sorted(Path(aside).rglob("*"), key=lambda path: (path.name == last, path)):
             place = folder / path.relative_to(aside)
             place.mkdir(exist_ok=True) if path.is_dir() else os.replace(path, place)
 
@@ -93,4 +94,6 @@ def write_atomic(
     "Write a file so that it is there whole or not at all."
     with write_together(Path(path).parent) as aside:
         writer(aside / Path(path).name)
+        if not (aside / Path(path).name).is_file():
+            raise FileNotFoundError(f"{path}: nothing was written")
     return Path(path)

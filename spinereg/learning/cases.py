@@ -28,7 +28,7 @@ from ..files.pairs import Pair
 from ..files.problems import InputError, Notice, Problem, write_atomic
 from ..files.volumes import Labels
 from ..losses.similarity import SIMILARITIES
-from ..registration.prealign import numbering_shift
+from ..registration.prealign import numbering_fault
 from ..registration.register import Inputs, Prepared, prepare
 from ..registration.run import PROGRESS
 from ..registration.scene import make_batch
@@ -171,28 +171,27 @@ def left_out(
 # %% ../../nbs/50_learning.cases.ipynb #6a1ade7a
 def same_numbering(prepared: Prepared) -> None:
     "Refuse a pair whose vertebrae lie one vertebra apart."
-    fixed, moving = prepared.pair.fixed_labels, prepared.pair.moving_labels
-    if fixed is not None and moving is not None and (shift := numbering_shift(fixed, moving, prepared.start.rigid)):
-        reason = f"after pre-alignment each vertebra lies on the one {'below' if shift > 0 else 'above'} it in the moving image"
+    if reason := numbering_fault(prepared.pair, prepared.start.rigid):
         fix = "One map is counted wrongly, or the pre-alignment is one vertebra off: look at both, correct the map or use prealign='labels'."
-        raise InputError(Problem("fixed_labels", str(fixed.native.path), reason, fix))
+        raise InputError(Problem("fixed_labels", str(prepared.pair.fixed_labels.native.path), reason, fix))
 
 # %% ../../nbs/50_learning.cases.ipynb #0fc29b49
-REACH = max(similarity.reach for similarity in SIMILARITIES.values())  # voxels
+REACH = max(similarity.reach for similarity in SIMILARITIES.values())  # voxels, of those that have a name
 
 
 def on_grid(
     prepared: Prepared,
     minimum_mm3: float,
+    reach: int = REACH,  # voxels by which the overlap is shrunk
 ) -> dict:  # fixed, moving: float32 (1, i, j, k); labels, fixed_labels, mask: uint8 likewise; left_out: name -> why
     "Images, overlap and usable labels of a pair on its working grid."
     pair, scene, grid = prepared.pair, prepared.scene, prepared.grid
-    level = make_batch(scene, grid, reach=REACH)
+    batch = make_batch(scene, grid, reach=reach)
     maps = {"labels": number_on(pair.moving_labels, grid, scene.rigid), "fixed_labels": number_on(pair.fixed_labels, grid)}
     why = left_out(pair, grid, maps["labels"], minimum_mm3)
     unused = torch.tensor([VERTEBRAE.index(name) + 1 for name in why], dtype=torch.uint8)
     maps = {key: labels.masked_fill(torch.isin(labels, unused), 0) for key, labels in maps.items()}
-    return {"fixed": level.fixed[0], "moving": level.moving[0], **maps, "mask": level.mask[0].to(torch.uint8), "left_out": why}
+    return {"fixed": batch.fixed[0], "moving": batch.moving[0], **maps, "mask": batch.mask[0].to(torch.uint8), "left_out": why}
 
 # %% ../../nbs/50_learning.cases.ipynb #ba5ccf02
 def digests(pair: Pair) -> dict[str, str]:
@@ -220,18 +219,26 @@ class PrepareCase:
     moving_scheme: str | Mapping[int, str | None] = "verse"  # whose numbers the labels are
     fixed_scheme: str | Mapping[int, str | None] = "verse"
     minimum_mm3: float = 500.0  # vertebrae of this volume or less are left out
+    reach: int = REACH  # voxels by which the overlap is shrunk, so that a similarity stays within it
+
+    def __post_init__(self):
+        self.inputs({"fixed": "", "moving": ""})  # a wrong setting is no fault of a case
+
+    def inputs(self, files: Mapping[str, str | None]) -> Inputs:
+        "What `prepare` is given, whatever the case."
+        schemes = {"moving_scheme": self.moving_scheme, "fixed_scheme": self.fixed_scheme}
+        kind = {"moving_modality": "ct", "fixed_modality": "mr", "device": "cpu"}
+        return Inputs(**files, **schemes, **kind, spacing_mm=self.spacing_mm, prealign=self.prealign)
 
     def __call__(
         self,
         case: Case,
     ) -> dict:  # case: split/name; findings; where it went well also voxels: image -> digest, and what `on_grid` gives
         at, told, item = f"{case.split}/{case.name}", [], {}
-        settings = {"spacing_mm": self.spacing_mm, "prealign": self.prealign, "moving_modality": "ct", "fixed_modality": "mr", "device": "cpu"}
         try:
-            schemes = {"moving_scheme": self.moving_scheme, "fixed_scheme": self.fixed_scheme}
-            prepared = prepare(Inputs(**case.files(), **schemes, **settings), told.append)
+            prepared = prepare(self.inputs(case.files()), told.append)
             same_numbering(prepared)
-            item = on_grid(prepared, self.minimum_mm3) | {"voxels": digests(prepared.pair)}
+            item = on_grid(prepared, self.minimum_mm3, self.reach) | {"voxels": digests(prepared.pair)}
             findings = [Finding("used", at, "", "labels", describe_use(prepared.pair, item["left_out"]), "")]
         except InputError as error:
             findings = [Finding("problem", at, Path(p.file).name, p.name, p.reason, p.fix) for p in error.problems]

@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 import spinereg
 from ..files.problems import write_atomic
-from .cases import REACH, Case, Finding, PrepareCase, compare_cases, find_cases
-from ..registration.optimise import PROGRESS
+from .cases import Case, Finding, PrepareCase, compare_cases, find_cases
+from ..registration.run import PROGRESS
 
 # %% ../../nbs/51_learning.crops.ipynb #6aa52f14
 def content_hash(path: str | Path) -> str:
@@ -52,7 +52,7 @@ class OnDisk:
         if case not in self.paths:
             given = [*case.files().values(), self.prepare_case.prealign]
             contents = [content_hash(path) if path and Path(path).is_file() else path for path in given]
-            key = repr((spinereg.__version__, REACH, case.split, case.name, self.prepare_case, contents))
+            key = repr((spinereg.__version__, case.split, case.name, self.prepare_case, contents))
             self.paths[case] = self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.pt"
         return self.paths[case]
 

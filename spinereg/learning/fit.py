@@ -21,18 +21,20 @@ from inspect import Parameter, signature
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 from tqdm import tqdm
 
-from .cases import PrepareCase
+from .cases import REACH, PrepareCase
 from .checkpoint import Records, epoch_row, keep_weights, read_checkpoint, read_records, restore, save_checkpoint
 from .crops import Crops, Split, crop_transform, cut_crop, prepare_splits
 from .learner import Learner, Stage, make_accelerator, make_learner, train_epoch
 from .validate import learns_nothing, look_at, score, validate
 from ..losses.objective import Weights
-from ..losses.similarity import SIMILARITIES, Similarity, similarity_of
+from ..losses.similarity import Similarity, similarity_of
 from ..registration.networks import UNet, load_network
+from ..registration.register import fault_of, scheme_faults
 from ..registration.run import PROGRESS, Step, frees_memory, in_range, one_of, refuse, whole
 
 # %% ../../nbs/55_learning.fit.ipynb #13056c7e
@@ -44,7 +46,7 @@ class Settings:
     out_dir: str | Path  # where weights, checkpoints and tables go
     start: str | Path | None = None  # weights to begin with; an untrained network when None
     full_resolution: bool = False  # velocity at the images' resolution instead of half of it
-    similarity: str | Similarity = "mind"  # "mind", "lncc", "mi", or an object such as LNCC(radius=3)
+    similarity: str | Similarity = "mind"  # a name in SIMILARITIES, such as "mind", "lncc" or "mi"; or an object such as LNCC(radius=3)
     epochs_similarity: int = 400  # of the first stage
     epochs_rigidity: int = 200  # of the second stage, with the rigidity terms; not published
     learning_rate: float = 1e-4  # of Adam
@@ -89,15 +91,14 @@ class Settings:
 
     def record(self) -> dict[str, object]:
         "The settings as JSON can hold them."
-        return json.loads(json.dumps(vars(self), default=str))
+        return json.loads(json.dumps(vars(self), default=lambda value: value.item() if isinstance(value, np.generic) else str(value)))
 
 # %% ../../nbs/55_learning.fit.ipynb #7f2c2b0b
 def wrong_settings(
     given: Settings,
 ) -> list[str]:  # an empty text for everything that is right
     "What is wrong with each setting."
-    words = {"similarity": SIMILARITIES} if isinstance(given.similarity, str) else {}
-    words |= {"cache": ("none", "ram", "disk"), "mixed_precision": ("no", "bf16", "fp16")}
+    words = {"cache": ("none", "ram", "disk"), "mixed_precision": ("no", "bf16", "fp16")}
     words |= {"logger": ("tensorboard", "wandb", "none"), "device": ("auto", "cpu", "cuda")}
     words |= {"prealign": ("header", "centres", "labels", "search", "auto")}
     ranges = {"spacing_mm": (0.2, 5), "learning_rate": (1e-8, 1), "decay": (0.5, 1)}
@@ -110,7 +111,8 @@ def wrong_settings(
     wrong += [whole(name, getattr(given, name), least) for name, least in counts.items()]
     if len(given.crop) != 3 or any(whole("", n, 8) for n in given.crop):
         wrong.append(f"crop={given.crop!r}: expected three whole numbers of voxels, at least 8 each")
-    return wrong
+    wrong += scheme_faults("moving_scheme", given.moving_scheme) + scheme_faults("fixed_scheme", given.fixed_scheme)
+    return [*wrong, fault_of(similarity_of, given.similarity)]
 
 # %% ../../nbs/55_learning.fit.ipynb #6706f1c7
 PUBLISHED = {f"weight_{name}": getattr(Settings, f"weight_{name}") for name in ("oc", "pc", "rd", "rf")}
@@ -236,7 +238,8 @@ def begin(
         raise ValueError(f"fit: {out_dir} holds a training (last.pt); resume=True goes on with it, another out_dir begins anew")
     if there:
         resume_from(out_dir / "last.pt", learner, given)
-    prepare_case = PrepareCase(given.spacing_mm, given.prealign, given.moving_scheme, given.fixed_scheme)
+    reach = max(REACH, similarity_of(given.similarity).reach)
+    prepare_case = PrepareCase(given.spacing_mm, given.prealign, given.moving_scheme, given.fixed_scheme, reach=reach)
     kept = given.cache, given.cache_dir or out_dir / "prepared", given.workers
     accelerator = learner.accelerator
     with accelerator.main_process_first(), contextlib.redirect_stdout(sys.stdout if accelerator.is_main_process else io.StringIO()):

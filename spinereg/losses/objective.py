@@ -86,7 +86,7 @@ def loss_terms(
     batch: Batch,
     similarity: Similarity,
     bone: Bone | None = None,  # of the moved labels; None leaves the rigidity terms out
-    rigid_dice: bool = True,  # whether to compute that one, in its published form
+    rd_squared: bool | None = False,  # the form of rigid Dice: with squares below the line, as published without, or None for neither
 ) -> dict[str, Float[Tensor, " b"]]:  # similarity, diffusion, and with bone oc, pc, rd, rf
     "Every term of the loss, one value per sample."
     there, back = similarity(batch.fixed, what.moved, batch.mask), similarity(batch.moving, what.moved_back, batch.mask)
@@ -95,8 +95,8 @@ def loss_terms(
         return terms
     J, motions = bone_jacobian(what.disp, batch.grid, bone), rigid_motions(what.disp, batch.grid, bone)
     terms |= {"oc": oc(J, bone), "pc": pc(J, bone)}
-    if rigid_dice:
-        terms["rd"] = rd(what.disp, batch.grid, bone, motions, *batch.whole_labels, world=batch.rigid, squared=False)
+    if rd_squared is not None:
+        terms["rd"] = rd(what.disp, batch.grid, bone, motions, *batch.whole_labels, world=batch.rigid, squared=rd_squared)
     return terms | {"rf": rf(what.disp, batch.grid, bone, motions)}
 
 # %% ../../nbs/23_losses.objective.ipynb #05f1f4e2

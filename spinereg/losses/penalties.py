@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .bone import Bone, bone_voxels, mean_over_bone, rigid_residual_mm
+from .bone import Bone, mean_over_bone, rigid_residual_mm
 from .similarity import full_precision
-from ..space.fields import determinant, warp
+from ..space.fields import determinant, read_index, warp
 from ..space.geometry import Grid, crop_grid
 from ..space.rigid import RigidMotions
 
@@ -90,6 +90,13 @@ def _rigid_disp(
     x = (box.voxels(rotation) + rotation.new_tensor(start)) * torch.as_tensor(box.spacing_mm).to(rotation)
     return (x @ rotation.T + translation - x).movedim(-1, 0)[None]
 
+
+def _reached(disp: Float[Tensor, "b 3 i j k"], box: Grid, other: Grid, world: np.ndarray | None) -> list[list[int]]:
+    "First voxel and one past the last of the part of another grid that displacements on a box read; at least a voxel."
+    index, last = read_index(other, box, disp, world).flatten(0, 3), torch.tensor(other.shape, device=disp.device) - 1
+    low, high = index.amin(0).floor().long(), index.amax(0).ceil().long()
+    return torch.stack([low.clamp_min(0).minimum(last), high.clamp_min(0).minimum(last) + 1]).tolist()
+
 # %% ../../nbs/22_losses.penalties.ipynb #12038511
 @full_precision
 def rd(
@@ -104,15 +111,14 @@ def rd(
     margin: int = 4,  # voxels around each vertebra that are looked at
 ) -> Float[Tensor, " b"]:  # 0 to 1, mean over the vertebrae of the sample
     "Rigid Dice: one minus the soft Dice of each warped vertebra and the rigidly moved one."
-    here, there = _boxes(bone, grid.shape, margin), _boxes(bone_voxels(labels, bone.n, minimum=0), label_grid.shape, margin)
-    own, losses = bone.vertebra.unique(), [disp.flatten()[:0]]
+    boxes, own, losses = _boxes(bone, grid.shape, margin), bone.vertebra.unique(), [disp.flatten()[:0]]
     for vertebra in own.tolist():
         sample, before = divmod(vertebra, bone.n)
-        box, source = crop_grid(grid, *here[vertebra]), crop_grid(label_grid, *there[vertebra])
-        label = (labels[sample, *map(slice, *there[vertebra])] == before + 1)[None, None].to(disp)
-        u = disp[sample : sample + 1, :, *map(slice, *here[vertebra])]
-        rigid = _rigid_disp(box, here[vertebra][0], motions.rotation[vertebra], motions.translation[vertebra]).to(disp).detach()
-        p, t = (warp(label, source, box, field, world, outside="zeros") for field in (u, rigid))
+        box, rest = crop_grid(grid, *boxes[vertebra]), (boxes[vertebra][0], motions.rotation[vertebra], motions.translation[vertebra])
+        u, rigid = disp[sample : sample + 1, :, *map(slice, *boxes[vertebra])], _rigid_disp(box, *rest).to(disp).detach()
+        read = _reached(torch.cat([u.detach(), rigid]), box, label_grid, world)
+        label = (labels[sample, *map(slice, *read)] == before + 1)[None, None].to(disp)
+        p, t = (warp(label, crop_grid(label_grid, *read), box, field, world, outside="zeros") for field in (u, rigid))
         sizes = p.square() + t.square() if squared else p + t
         losses.append(1 - 2 * (p * t).sum((1, 2, 3, 4)) / sizes.sum((1, 2, 3, 4)).clamp_min(1))
     sample = own // bone.n

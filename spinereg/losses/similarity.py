@@ -312,9 +312,9 @@ def similarity_of(
     similarity: str | Similarity,  # a name, or the thing itself
 ) -> Similarity:
     "The similarity that is meant."
-    if isinstance(similarity, Similarity):
+    if isinstance(similarity, Similarity) and not isinstance(similarity, type):
         return similarity
-    if similarity not in SIMILARITIES:
+    if not isinstance(similarity, str) or similarity not in SIMILARITIES:
         known = f"expected one of {', '.join(SIMILARITIES)}, or an object to call with fixed, moved and mask that has a reach"
         raise ValueError(f"similarity={similarity!r}: {known}")
     return SIMILARITIES[similarity]

@@ -65,7 +65,7 @@ def descend(
         what = apply_velocity(velocity_of(parameter), place, batch, doublings=5)
         if step % 5 == 0 and batch.whole_labels is not None:
             bone = bone_voxels(moved_labels(what.disp.detach(), batch)[0], len(batch.names), minimum=0)
-        terms = loss_terms(what, batch, similarity, bone, rigid_dice=weights.rd > 0)
+        terms = loss_terms(what, batch, similarity, bone, rd_squared=True if weights.rd > 0 else None)
         if said := not_finite(terms):
             raise FloatingPointError(f"the loss is not finite at {size:g} mm, step {step} ({said}); a smaller step_mm helps")
         optimiser.zero_grad()
@@ -114,10 +114,11 @@ def look_at(
 class Journal:
     "What happened in a run, the bar that shows how far it is, and the callback that is called after every step."
 
-    bar: tqdm  # counts voxels
+    bar: tqdm  # of as many voxels as all steps visit; what is done is counted here, as a bar may be switched off
     weights: Weights
     on_step: Callable[[Step], None] | None
     rows: list[dict[str, float]] = field(default_factory=list)
+    visited: int = 0  # voxels so far
     stopped: bool = False  # before the end
 
     def note(self, row: dict[str, float], voxels: int, look: Callable[[], Snapshot]) -> None:
@@ -125,10 +126,11 @@ class Journal:
         self.rows.append(row)
         self.bar.set_description_str(f"{row['level_mm']:.3g} mm, similarity loss {row['similarity']:.3f}", refresh=False)
         self.bar.update(voxels)
+        self.visited += voxels
         if self.on_step is not None:
-            step = Step(row, self.bar.n / self.bar.total, self.weights, look)
+            step = Step(row, self.visited / self.bar.total, self.weights, look)
             self.on_step(step)
-            self.stopped = step.stop and self.bar.n < self.bar.total
+            self.stopped = step.stop and self.visited < self.bar.total
 
 # %% ../../nbs/43_registration.optimise.ipynb #92da89c8
 class Optimised(NamedTuple):

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CAPTURE_MM', 'CAPTURE_DEG', 'UNIT', 'RESOLUTIONS', 'LEAST_OVERLAP', 'overlap', 'align_centres', 'SearchPoints',
            'search_points', 'motion_about', 'score_motions', 'draw_motions', 'score_all', 'best_motions', 'climb',
-           'Resolution', 'search', 'align_labels', 'numbering_shift', 'need_overlap', 'first_guess', 'search_distance',
-           'start_notices', 'RigidStart', 'rigid_start']
+           'Resolution', 'search', 'align_labels', 'numbering_shift', 'numbering_fault', 'need_overlap', 'first_guess',
+           'search_distance', 'start_notices', 'RigidStart', 'rigid_start']
 
 # %% ../../nbs/42_registration.prealign.ipynb #33533fc4
 import time
@@ -249,6 +249,16 @@ def numbering_shift(
     best = min(apart_mm, key=apart_mm.get, default=0)
     return best if best and 2 * apart_mm[best] < apart_mm.get(0, np.inf) else 0
 
+
+def numbering_fault(
+    pair: Pair,
+    rigid: np.ndarray,  # (4, 4) pre-alignment, fixed -> moving, RAS mm
+) -> str:  # empty where the two label maps agree, or where there are not two
+    "What is wrong where the vertebrae of a pair lie one vertebra apart."
+    fixed, moving = pair.fixed_labels, pair.moving_labels
+    shift = 0 if fixed is None or moving is None else numbering_shift(fixed, moving, rigid)
+    return f"after pre-alignment each vertebra lies on the one {'below' if shift > 0 else 'above'} it in the moving image" if shift else ""
+
 # %% ../../nbs/42_registration.prealign.ipynb #fd194750
 LEAST_OVERLAP = 0.05  # of the smaller field of view
 
@@ -309,10 +319,7 @@ def start_notices(
         fix = "close to the end of its reach; look at the overview, and use prealign='labels', 'centres' or a file if it is wrong"
         text = f"the search went {far_mm:.0f} mm and {turn_deg:.0f} degrees from its start, {fix}"
         found.append(Notice("prealign", pair.moving.native.path.name, text))
-    labelled = pair.fixed_labels is not None and pair.moving_labels is not None
-    if labelled and (shift := numbering_shift(pair.fixed_labels, pair.moving_labels, rigid)):
-        side = "below" if shift > 0 else "above"
-        reason = f"after pre-alignment each vertebra lies on the one {side} it in the moving image"
+    if reason := numbering_fault(pair, rigid):
         found.append(Notice("fixed_labels", pair.fixed_labels.native.path.name, f"{reason}; one map counts wrongly, or use prealign='labels'"))
     return tuple(found)
 

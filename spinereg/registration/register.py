@@ -43,11 +43,11 @@ from ..space.geometry import Grid, slabs
 PREALIGN = ("header", "centres", "labels", "search", "auto")  # ways to a rigid start, beside a transform file
 
 
-def prealign_fault(prealign: str | Path, both_labels: bool) -> str:
+def prealign_fault(prealign: str | Path) -> str:
     "What is wrong with the way to the rigid start."
-    if prealign not in PREALIGN and not Path(prealign).is_file():
-        return f"prealign={prealign!r}: expected one of {', '.join(PREALIGN)}, or an existing transform file"
-    return "prealign='labels': expected fixed_labels and moving_labels" if prealign == "labels" and not both_labels else ""
+    if prealign in PREALIGN or Path(str(prealign)).is_file():
+        return ""
+    return f"prealign={prealign!r}: expected one of {', '.join(PREALIGN)}, or an existing transform file"
 
 
 def scheme_faults(name: str, scheme: str | Mapping) -> list[str]:
@@ -97,9 +97,14 @@ class Inputs:
     def faults(self) -> list[str]:
         "What makes no sense; empty texts where nothing is wrong."
         found = [one_of(name, getattr(self, name), ("auto", "ct", "mr")) for name in ("moving_modality", "fixed_modality")]
-        found += [prealign_fault(self.prealign, None not in (self.fixed_labels, self.moving_labels)), in_range("spacing_mm", self.spacing_mm, 0.2, 5)]
+        found += [prealign_fault(self.prealign), in_range("spacing_mm", self.spacing_mm, 0.2, 5)]
         found += scheme_faults("moving_scheme", self.moving_scheme) + scheme_faults("fixed_scheme", self.fixed_scheme)
         return [*found, fault_of(choose_device, self.device)]
+
+    def labels_fault(self) -> str:
+        "What `prealign` lacks in a pair that is named before it is read."
+        lacking = self.prealign == "labels" and None in (self.fixed_labels, self.moving_labels)
+        return "prealign='labels': expected fixed_labels and moving_labels" if lacking else ""
 
     def as_dict(self) -> dict[str, object]:
         "The settings by name, for the record."
@@ -122,7 +127,7 @@ class RegisterSettings(Inputs):
     method: str = "optimise"  # how the velocity is found: "optimise", "network", or "rigid" (pre-alignment alone)
     weights: str | Path | None = None  # of the network: a file, or the folder that `fit` wrote
     polish: int = 0  # optimiser steps after the network, on the finest level
-    similarity: str | Similarity = "lncc"  # "lncc", "mind", "mi", or an object such as LNCC(radius=3)
+    similarity: str | Similarity = "lncc"  # a name in SIMILARITIES, such as "lncc", "mind" or "mi"; or an object such as LNCC(radius=3)
     levels: tuple | list = (4, 2, 1)  # voxel sizes from coarse to fine, in multiples of spacing_mm
     steps: tuple | list = (60, 60, 25)  # optimiser steps per level
     step_mm: float = 0.3  # first step length of each level
@@ -146,7 +151,7 @@ class RegisterSettings(Inputs):
             found.append(f"method={self.method!r}, weights={self.weights!r}: expected method='network' with the weights of one, or neither")
         if self.polish and self.method != "network":
             found.append(f"polish={self.polish!r}: expected 0, or method='network' before it")
-        return super().faults() + found
+        return [*super().faults(), self.labels_fault(), *found]
 
 # %% ../../nbs/47_registration.register.ipynb #91900e0f
 def memory_gb(
@@ -209,6 +214,8 @@ def prepare(
 ) -> Prepared:
     "Read and check a pair, find its rigid start, lay the working grid."
     device, clock = choose_device(inputs.device), Clock()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     if inputs.out_dir is not None:
         write_atomic(Path(inputs.out_dir) / "metrics.json.tmp", Path.touch).unlink()
     pair = read_inputs(inputs, tell)
@@ -286,11 +293,11 @@ def register(
     fixed_modality: str = "auto",  # "auto", "ct" or "mr"
     moving_scheme: str | Mapping[int, str | None] = "verse",  # whose numbers the moving labels are
     fixed_scheme: str | Mapping[int, str | None] = "verse",  # whose numbers the fixed labels are
-    prealign: str = "auto",  # "header", "centres", "labels", "search", "auto" or a rigid ITK transform file
+    prealign: str | Path = "auto",  # "header", "centres", "labels", "search", "auto" or a rigid ITK transform file
     spacing_mm: float = 1.0,  # voxel size of the working grid
     device: str = "auto",  # "auto", "cpu" or "cuda"
     seed: int = 0,  # of the pre-alignment search
-    similarity: str | Similarity = "lncc",  # "lncc", "mind", "mi", or an object such as LNCC(radius=3)
+    similarity: str | Similarity = "lncc",  # a name in SIMILARITIES, such as "lncc", "mind" or "mi"; or an object such as LNCC(radius=3)
     levels: tuple | list = (4, 2, 1),  # voxel sizes from coarse to fine, in multiples of spacing_mm
     steps: tuple | list = (60, 60, 25),  # optimiser steps per level
     step_mm: float = 0.3,  # first step length of each level
@@ -312,15 +319,15 @@ def register(
     trained = load_network(weights, choose_device(device)) if method == "network" else None
     prepared = prepare(settings)
     terms = Weights(diffusion=weight_diffusion, oc=weight_oc, pc=weight_pc, rd=weight_rd, rf=weight_rf)
-    descend = partial(optimise, prepared.scene, prepared.grid, similarity_of(similarity), terms, step_mm=step_mm, on_step=on_step)
+    minimise = partial(optimise, prepared.scene, prepared.grid, similarity_of(similarity), terms, step_mm=step_mm, on_step=on_step)
     if method == "rigid":
         found = stay(prepared)
     elif method == "network":
         found = ask_network(prepared, trained)
         if polish:
-            found = descend(levels=settings.levels[-1:], steps=(polish,), start=(found.velocity, found.grid))
+            found = minimise(levels=settings.levels[-1:], steps=(polish,), start=(found.velocity, found.grid))
     else:
-        found = descend(levels=settings.levels, steps=settings.steps)
+        found = minimise(levels=settings.levels, steps=settings.steps)
     transform = make_transform(found.velocity, found.grid, prepared.start.rigid)
     prepared.clock.lap("optimise")
     return conclude(prepared, transform, found.history, settings.as_dict(), out_dir, found.stopped)

@@ -92,7 +92,7 @@ class RigidityMeans(NamedTuple):
     residual_max_max_mm: float
     volume_change_mean_percent: float  # mean of the absolute values
     volume_change_max_percent: float  # largest absolute value
-    rigid_dice: float  # as published, for comparison only
+    rigid_dice: float  # of the form with squares, which is 1 for rigid bone; to compare with published tables only
 
 
 class RunRecord(NamedTuple):

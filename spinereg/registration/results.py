@@ -109,7 +109,7 @@ def touches_border(
 # %% ../../nbs/46_registration.results.ipynb #6d58a25e
 def rigidity_means(
     vertebrae: pd.DataFrame,  # as `vertebra_table` gives it
-    rigid_dice: float,  # as published, 0 to 1
+    rigid_dice: float,  # of the form with squares, 0 to 1
 ) -> RigidityMeans:
     "Mean and worst of the residuals and of the sizes of the volume changes of the vertebrae."
     sizes = [vertebrae[name].abs() for name in ("residual_rms_mm", "residual_max_mm", "volume_change_percent")]
@@ -147,8 +147,8 @@ def measure_bones(
     kept = renumber(moving.data, names, shown)
     contacts = bone_contacts(kept, moving.grid, np.array(list(motions.values())), shown)
     bone = bone_voxels(renumber(labels, names, shown)[None] * (fraction > 0.5), len(shown), minimum=0)
-    published = rd(disp, grid, bone, rigid_motions(disp, grid, bone), kept[None], moving.grid, scene.rigid)
-    return BoneFigures(vertebrae, motions, seen, tuple(contacts), rigidity_means(vertebrae, 1 - published.item()))
+    overlap = rd(disp, grid, bone, rigid_motions(disp, grid, bone), kept[None], moving.grid, scene.rigid)
+    return BoneFigures(vertebrae, motions, seen, tuple(contacts), rigidity_means(vertebrae, 1 - overlap.item()))
 
 # %% ../../nbs/46_registration.results.ipynb #26212d35
 class Compared(NamedTuple):
@@ -246,8 +246,7 @@ def view_of(
     disp: Float[Tensor, "1 3 i j k"],  # deformation on it
 ) -> tuple[Overview, Float[Tensor, "i j k"] | None]:  # the pictures' data; fraction of the votes that won the moved labels
     "Both images, the labels and the Jacobian on the working grid, read from the images' own voxels."
-    fixed, moving = warp(scene.fixed, scene.fixed_grid, grid), warp(scene.moving, scene.moving_grid, grid, world=scene.rigid)
-    return make_view(disp, make_batch(scene, grid)._replace(fixed=fixed, moving=moving, whole_moving=(scene.moving, scene.moving_grid)))
+    return make_view(disp, make_batch(scene, grid, coarsened=False))
 
 
 class Measured(NamedTuple):
@@ -358,7 +357,7 @@ def save(
     out_dir: str | Path,  # made when missing
 ) -> Path:
     "Write every result file into a folder: all of them aside first, then each in its place."
-    with write_together(out_dir, replaced=("moved_labels.nii.gz", "vertebrae/*.tfm")) as aside:
+    with write_together(out_dir, replaced=("moved_labels.nii.gz", "vertebrae/*.tfm"), last="metrics.json") as aside:
         write_images(result, aside)
         write_figures(result, aside)
     return Path(out_dir)

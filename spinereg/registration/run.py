@@ -72,7 +72,7 @@ def choose_device(
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ValueError(f"device={device!r}: expected 'auto', 'cpu', 'cuda' or 'cuda:<number>'") from error
     if found.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={device!r}, but PyTorch {torch.__version__} sees no CUDA GPU here; use device='auto' or 'cpu'")

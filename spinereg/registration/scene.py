@@ -94,12 +94,13 @@ def make_batch(
     grid: Grid,  # working grid
     spacing_mm: float | None = None,  # voxel size; that of the working grid when None
     reach: int = 0,  # voxels by which the overlap is eroded: the similarity's
+    coarsened: bool = True,  # blur images of much finer voxels first; False reads their own, to measure and to show
 ) -> Batch:
     "A scene on its working grid, at some voxel size, ready to be compared."
     here = grid if spacing_mm is None else respace_grid(grid, spacing_mm)
     spacing, whole = float(here.spacing_mm[0]), []
     for image, own in ((scene.fixed, scene.fixed_grid), (scene.moving, scene.moving_grid)):
-        whole.append(coarsen(image, own, spacing) if spacing > 1.5 * own.spacing_mm.min() else (image, own))
+        whole.append(coarsen(image, own, spacing) if coarsened and spacing > 1.5 * own.spacing_mm.min() else (image, own))
     fixed, moving = warp(*whole[0], here), warp(*whole[1], here, world=scene.rigid)
     labels = None if scene.labels is None else (scene.labels.data[None], scene.labels.grid)
     return Batch(here, fixed, moving, overlap_mask(scene, here, reach), *whole, labels, scene.labels.names if scene.labels else (), scene.rigid)

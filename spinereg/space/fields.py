@@ -103,12 +103,12 @@ def compose(
 def integrate(
     velocity: Float[Tensor, "b 3 i j k"],  # mm per unit time, along the axes of `grid`
     grid: Grid,
-    steps: int = 7,  # number of doublings
+    doublings: int = 7,
 ) -> Float[Tensor, "b 3 i j k"]:  # displacement exp(velocity) - id, mm
     "Displacement of a stationary velocity field after unit time, by scaling and squaring (Arsigny et al., MICCAI 2006)."
-    step = velocity / 2**steps
+    step = velocity / 2**doublings
     disp = warp(step, grid, grid, step / 2)
-    for _ in range(steps):
+    for _ in range(doublings):
         disp = compose(disp, disp, grid)
     return disp
 
