@@ -278,7 +278,8 @@ class ElastixSettings(Inputs):
         found = [whole(name, getattr(self, name), least) for name, least in (("iterations", 1), ("samples", 100), ("seed", 0))]
         finest_mm = 2 * self.spacing_mm if isinstance(self.spacing_mm, Real) else 0
         ranges = {"grid_spacing_mm": (finest_mm, 100), "weight_similarity": (1e-6, 1e6), "weight_rigidity": (0, 1e6), "timeout_s": (1, 1e6)}
-        return [*super().faults(), self.labels_fault(), *found, *(in_range(name, getattr(self, name), low, high) for name, (low, high) in ranges.items())]
+        found += [in_range(name, getattr(self, name), low, high) for name, (low, high) in ranges.items()]
+        return [*super().faults(), self.labels_fault(), *found]
 
 
 def need_elastix() -> None:
