@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import spinereg
-from spinereg.interactive.monitor import Budget, TrainingMonitor, clock
+from spinereg.interactive.monitor import Budget, TrainingMonitor, time_text
 from spinereg.interactive.steering import Controls, Requests, add_run
 from spinereg.losses.objective import TERMS, Weights
 from spinereg.measure.curves import grow, thin
@@ -286,4 +286,4 @@ def test_d4_five_hundred_drawings_leave_a_small_notebook_and_no_figure(tmp_path)
 
 
 def test_time_is_told_as_people_do():
-    assert [clock(s) for s in (5, 65, 3600, 90061)] == ["0:05", "1:05", "1:00:00", "25:01:01"]
+    assert [time_text(s) for s in (5, 65, 3600, 90061)] == ["0:05", "1:05", "1:00:00", "25:01:01"]
