@@ -6,7 +6,7 @@
 __all__ = ['DistanceMap', 'distance_map', 'closeness_weights', 'Polyrigid', 'apart_mm', 'follow', 'flow_on', 'Released',
            'release']
 
-# %% ../../nbs/04_space.polyrigid.ipynb #facb2364
+# %% ../../nbs/04_space.polyrigid.ipynb #7d9c02b7
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from .fields import along_axes, resample_field
 from .geometry import Grid, crop_grid, inside, respace_grid, sample_index, transform_points
 from .rigid import matrix_twist, twist_matrix
 
-# %% ../../nbs/04_space.polyrigid.ipynb #5f4391b8
+# %% ../../nbs/04_space.polyrigid.ipynb #01852020
 class DistanceMap(NamedTuple):
     "How far points are from a bone, in the world in which the bone is labelled."
 
@@ -64,7 +64,7 @@ def distance_map(
     values = torch.from_numpy(outside - within + np.where(own, 0.5, -0.5) * grid.spacing_mm.min())
     return DistanceMap(values.to(bone.device, dtype)[None, None], crop_grid(grid, low, high))
 
-# %% ../../nbs/04_space.polyrigid.ipynb #ac52409b
+# %% ../../nbs/04_space.polyrigid.ipynb #b28fbbc4
 def closeness_weights(
     distances: Float[Tensor, "n p"],  # mm, to every bone
     leak_mm: float,  # up to this distance a bone decides alone
@@ -80,7 +80,7 @@ def closeness_weights(
     share = torch.where(apart > least, least / apart.clamp_min(1e-12), 1.0) ** power
     return share / (share.sum(0) + (least / reach_mm) ** power)
 
-# %% ../../nbs/04_space.polyrigid.ipynb #8271de67
+# %% ../../nbs/04_space.polyrigid.ipynb #30e72908
 @dataclass(frozen=True, eq=False)
 class Polyrigid:
     "A map from the fixed to the moving world that is a rigid motion in every bone."
@@ -130,7 +130,7 @@ class Polyrigid:
             back = torch.where(bone.holds(moving_mm)[:, None], transform_points(torch.linalg.inv(pose), moving_mm), back)
         return back
 
-# %% ../../nbs/04_space.polyrigid.ipynb #e1391489
+# %% ../../nbs/04_space.polyrigid.ipynb #0f982127
 def apart_mm(
     poly: Polyrigid,
     points: Float[Tensor, "p 3"],  # fixed world; backward, the moving one before the background motion
@@ -174,7 +174,7 @@ def flow_on(
     disp[0][:, close] += (s * s * (3 - 2 * s)) * (u.T - disp[0][:, close])
     return disp
 
-# %% ../../nbs/04_space.polyrigid.ipynb #8202d3d7
+# %% ../../nbs/04_space.polyrigid.ipynb #6626742d
 class Released(NamedTuple):
     "Bone that is not kept rigid because it touches another one."
 
@@ -206,6 +206,6 @@ def release(
             free = (gaps.amin(0) < layer_mm) & (slip > slip_mm)
             kept[tuple(at[free].T)] = 0
             if gaps.amin() < layer_mm:
-                inside_mm3 = float((gaps < -grid.spacing_mm.min()).sum(1).max() * grid.spacing_mm.prod())
+                inside_mm3 = float((gaps < -grid.spacing_mm.min() / 2).sum(1).max() * grid.spacing_mm.prod())
                 found.append(Released(k + 1, j + 1, 100 * float(free.double().mean()), float(gaps.amin()), inside_mm3))
     return kept, tuple(found)
