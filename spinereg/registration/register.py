@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PREALIGN', 'prealign_fault', 'scheme_faults', 'fault_of', 'Inputs', 'schedule_fault', 'RegisterSettings', 'memory_gb',
-           'memory_warning', 'Prepared', 'label_tables', 'read_inputs', 'prepare', 'stay', 'ask_network', 'conclude',
-           'register', 'carry', 'read_values', 'apply_points', 'apply']
+           'memory_warning', 'Prepared', 'label_tables', 'read_inputs', 'prepare', 'stay', 'ask_network',
+           'find_velocity', 'conclude', 'register', 'carry', 'read_values', 'apply_points', 'apply']
 
 # %% ../../nbs/47_registration.register.ipynb #81bd1d90
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +27,7 @@ from ..files.pairs import Pair, read_pair
 from ..files.problems import InputError, InputFile, Notice, write_atomic
 from ..files.transforms import SpineTransform, read_transform
 from ..files.volumes import read_image, whole_numbers
-from ..losses.objective import Weights
+from ..losses.objective import TERMS, Weights
 from ..losses.similarity import Similarity, similarity_of
 from .networks import Trained, load_network, predict
 from .optimise import Optimised, make_transform, optimise
@@ -250,6 +250,25 @@ def ask_network(
         velocity, grid = predict(trained.network, batch.fixed, batch.moving, batch.grid)
     return Optimised(velocity, grid, pd.DataFrame(), False)
 
+# %% ../../nbs/47_registration.register.ipynb #b8a01c8d
+def find_velocity(
+    settings: RegisterSettings,
+    prepared: Prepared,
+    trained: Trained | None = None,  # of method="network"
+    on_step: Callable[[Step], None] | None = None,  # called after every step of the optimiser
+) -> Optimised:
+    "The velocity that brings a pair together, in one of three ways."
+    if settings.method == "rigid":
+        return stay(prepared)
+    weights = Weights(**{name: getattr(settings, f"weight_{name}") for name in TERMS if name != "similarity"})
+    given = prepared.scene, prepared.grid, similarity_of(settings.similarity), weights
+    minimise = partial(optimise, *given, step_mm=settings.step_mm, on_step=on_step)
+    if settings.method == "optimise":
+        return minimise(levels=settings.levels, steps=settings.steps)
+    found = ask_network(prepared, trained)
+    polished = {"levels": settings.levels[-1:], "steps": (settings.polish,), "start": (found.velocity, found.grid)}
+    return minimise(**polished) if settings.polish else found
+
 # %% ../../nbs/47_registration.register.ipynb #80f2ed7f
 def conclude(
     prepared: Prepared,
@@ -318,16 +337,7 @@ def register(
     )
     trained = load_network(weights, choose_device(device)) if method == "network" else None
     prepared = prepare(settings)
-    terms = Weights(diffusion=weight_diffusion, oc=weight_oc, pc=weight_pc, rd=weight_rd, rf=weight_rf)
-    minimise = partial(optimise, prepared.scene, prepared.grid, similarity_of(similarity), terms, step_mm=step_mm, on_step=on_step)
-    if method == "rigid":
-        found = stay(prepared)
-    elif method == "network":
-        found = ask_network(prepared, trained)
-        if polish:
-            found = minimise(levels=settings.levels[-1:], steps=(polish,), start=(found.velocity, found.grid))
-    else:
-        found = minimise(levels=settings.levels, steps=settings.steps)
+    found = find_velocity(settings, prepared, trained, on_step)
     transform = make_transform(found.velocity, found.grid, prepared.start.rigid)
     prepared.clock.lap("optimise")
     return conclude(prepared, transform, found.history, settings.as_dict(), out_dir, found.stopped)
