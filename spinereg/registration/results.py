@@ -23,7 +23,7 @@ from torch import Tensor
 from ..files.nifti import write_image
 from ..files.pairs import Pair
 from ..files.problems import write_together
-from ..files.transforms import FLIP, SpineTransform, itk_affine, write_itk, write_transform
+from ..files.transforms import FLIP, SpineTransform, write_motions, write_transform
 from ..files.volumes import Labels, renumber, write_labels
 from ..losses.bone import bone_voxels, rigid_motions
 from ..losses.penalties import rd
@@ -330,9 +330,7 @@ def write_figures(
     folder: Path,
 ) -> None:
     "Write the table, the motions of the vertebrae, all figures, and the pictures."
-    (folder / "vertebrae").mkdir()
-    for name, motion in result.metrics.motions.items():
-        write_itk(folder / "vertebrae" / f"{name}.tfm", itk_affine(motion))
+    write_motions(folder, result.metrics.motions)
     result.vertebrae.to_csv(folder / "vertebrae.csv", float_format="%.6g")
     (folder / "metrics.json").write_text(json.dumps(result.metrics.as_dict(), indent=1))
     result.overview().savefig(folder / "overview.png", dpi=110)
