@@ -34,6 +34,7 @@ from .optimise import Optimised, make_transform, optimise
 from .prealign import RigidStart, rigid_start
 from .report import Metrics, RunRecord
 from .results import Registration, measure_all
+from .rigidify import rigid_in_bone
 from .run import Clock, Step, choose_device, environment, frees_memory, in_range, one_of, refuse, weights_changed, whole
 from .scene import Scene, make_batch, make_scene, working_grid
 from ..space.fields import warp, warp_labels
@@ -136,6 +137,7 @@ class RegisterSettings(Inputs):
     weight_pc: float = 3.0  # properness (volume) of bone; likewise
     weight_rd: float = 0.0  # rigid Dice of bone
     weight_rf: float = 0.3  # rigid field of bone, per mm
+    rigidify: bool = False  # whether the field found is made exactly rigid in every vertebra
 
     def __post_init__(self):
         super().__post_init__()
@@ -145,12 +147,15 @@ class RegisterSettings(Inputs):
     def faults(self) -> list[str]:
         "What makes no sense; empty texts where nothing is wrong."
         found = [one_of("method", self.method, ("optimise", "network", "rigid")), fault_of(similarity_of, self.similarity)]
-        found += [in_range("step_mm", self.step_mm, 1e-3, 10), whole("polish", self.polish, 0), schedule_fault(self.levels, self.steps)]
+        found += [one_of("rigidify", self.rigidify, (False, True)), in_range("step_mm", self.step_mm, 1e-3, 10)]
+        found += [whole("polish", self.polish, 0), schedule_fault(self.levels, self.steps)]
         found += [in_range(name, value, 0, 1e6) for name, value in vars(self).items() if name.startswith("weight_")]
         if (self.method == "network") != (self.weights is not None):
             found.append(f"method={self.method!r}, weights={self.weights!r}: expected method='network' with the weights of one, or neither")
         if self.polish and self.method != "network":
             found.append(f"polish={self.polish!r}: expected 0, or method='network' before it")
+        if self.rigidify and self.moving_labels is None:
+            found.append("rigidify=True: expected moving_labels, which say where bone is")
         return [*super().faults(), self.labels_fault(), *found]
 
 # %% ../../nbs/48_registration.register.ipynb #91900e0f
@@ -277,6 +282,7 @@ def conclude(
     parameters: Mapping[str, object],  # settings, for the record
     out_dir: str | Path | None = None,  # folder of the result files; None writes none
     stopped: bool = False,  # before all steps were taken
+    notices: Sequence[Notice] = (),  # what else is to be said about it
 ) -> Registration:
     "Measure what a transform does to a pair; save it."
     pair, start, scene, grid, clock = prepared
@@ -284,7 +290,7 @@ def conclude(
     clock.lap("measure")
     metrics = Metrics(
         **vars(figures),
-        notices=(*pair.notices, *start.notices),
+        notices=(*pair.notices, *start.notices, *notices),
         prealign=start,
         run=RunRecord(len(history), stopped, tuple(weights_changed(history))),
         parameters=parameters,
@@ -325,6 +331,7 @@ def register(
     weight_pc: float = 3.0,  # properness (volume) of bone; likewise
     weight_rd: float = 0.0,  # rigid Dice of bone
     weight_rf: float = 0.3,  # rigid field of bone, per mm
+    rigidify: bool = False,  # whether the field found is made exactly rigid in every vertebra
     on_step: Callable[[Step], None] | None = None,  # called after every step; may change weights, and stop
 ) -> Registration:
     "Register a moving to a fixed image: soft tissue deforms, every labelled vertebra stays rigid."
@@ -334,13 +341,18 @@ def register(
         moving_scheme=moving_scheme, fixed_scheme=fixed_scheme, prealign=prealign, spacing_mm=spacing_mm, device=device, seed=seed,
         similarity=similarity, levels=levels, steps=steps, step_mm=step_mm,
         weight_diffusion=weight_diffusion, weight_oc=weight_oc, weight_pc=weight_pc, weight_rd=weight_rd, weight_rf=weight_rf,
+        rigidify=rigidify,
     )
     trained = load_network(weights, choose_device(device)) if method == "network" else None
     prepared = prepare(settings)
     found = find_velocity(settings, prepared, trained, on_step)
     transform = make_transform(found.velocity, found.grid, prepared.start.rigid)
     prepared.clock.lap("optimise")
-    return conclude(prepared, transform, found.history, settings.as_dict(), out_dir, found.stopped)
+    notices = ()
+    if rigidify:
+        transform, _, notices = rigid_in_bone(transform, prepared.scene.labels, prepared.grid)
+        prepared.clock.lap("rigidify")
+    return conclude(prepared, transform, found.history, settings.as_dict(), out_dir, found.stopped, notices)
 
 # %% ../../nbs/48_registration.register.ipynb #e73047e1
 def carry(

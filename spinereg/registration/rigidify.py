@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BonePoses', 'bone_poses', 'release_notices', 'RigidField', 'rigid_in_bone', 'bones_of', 'rigidify']
 
-# %% ../../nbs/47_registration.rigidify.ipynb #af68d925
+# %% ../../nbs/47_registration.rigidify.ipynb #87829950
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -27,7 +27,7 @@ from ..space.fields import compose, invert, warp_labels
 from ..space.geometry import Grid, respace_grid
 from ..space.polyrigid import Polyrigid, Released, distance_map, flow_on, near_bone, release, rest_at_bone
 
-# %% ../../nbs/47_registration.rigidify.ipynb #c78cf386
+# %% ../../nbs/47_registration.rigidify.ipynb #3fb5d1e0
 class BonePoses(NamedTuple):
     "Where a field takes the vertebrae of a label map."
 
@@ -54,7 +54,7 @@ def bone_poses(
     names = tuple(name for name, seen in zip(labels.names, enough) if seen)
     return BonePoses(names, poses[enough], tuple(name for name in labels.names if name not in names))
 
-# %% ../../nbs/47_registration.rigidify.ipynb #fc36cbc8
+# %% ../../nbs/47_registration.rigidify.ipynb #3e878d30
 def release_notices(
     found: Sequence[Released],
     labels: Labels,
@@ -65,8 +65,10 @@ def release_notices(
     for (a, b), one in ((pair, one) for pair, one in free.items() if pair[0] < pair[1]):
         percent = one.percent, free[b, a].percent if (b, a) in free else 0.0
         if max(percent) >= 0.05 or one.gap_mm < 0:
-            how = f"lie up to {-one.gap_mm:.1f} mm ({one.overlap_mm3:.0f} mm3) inside each other" if one.gap_mm < 0 else f"come to {one.gap_mm:.1f} mm of each other"
-            lines.append(f"{names[a - 1]} and {names[b - 1]} {how} on the way; {percent[0]:.1f} % and {percent[1]:.1f} % of them are not kept rigid")
+            inside = f"lie up to {-one.gap_mm:.1f} mm ({one.overlap_mm3:.0f} mm3) inside each other"
+            how = inside if one.gap_mm < 0 else f"come to {one.gap_mm:.1f} mm of each other"
+            shares = f"{percent[0]:.1f} % and {percent[1]:.1f} % of them are not kept rigid"
+            lines.append(f"{names[a - 1]} and {names[b - 1]} {how} on the way; {shares}")
     return tuple(Notice("moving_labels", labels.native.path.name, line) for line in lines)
 
 
@@ -101,9 +103,9 @@ def bones_of(labels: Tensor, grid: Grid, poses: Tensor, transform: SpineTransfor
     maps = tuple(distance_map(labels == number, grid) for number in range(1, len(poses) + 1))
     return Polyrigid(maps, poses, torch.from_numpy(transform.rigid), margin_mm=float(transform.grid.spacing_mm.max()))
 
-# %% ../../nbs/47_registration.rigidify.ipynb #b2c0c5bf
+# %% ../../nbs/47_registration.rigidify.ipynb #03a724f8
 def rigidify(
-    transform: SpineTransform | str | Path | Sequence[str | Path],  # fixed -> moving points: a transform.h5 of ours, or files of another tool in the order ANTs names them
+    transform: SpineTransform | str | Path | Sequence[str | Path],  # fixed -> moving: a transform.h5 of ours, or files in the order ANTs names them
     moving_labels: str | Path,  # vertebra label map of the moving image (NIfTI)
     fixed: str | Path | None = None,  # the image that stays (NIfTI); None takes the field on the whole of its own grid
     moving_scheme: str | Mapping[int, str | None] = "verse",  # whose numbers the moving labels are

@@ -6,7 +6,7 @@
 __all__ = ['DistanceMap', 'distance_map', 'closeness_weights', 'Polyrigid', 'follow', 'near_bone', 'hold_bone', 'flow_on',
            'rest_at_bone', 'Released', 'release']
 
-# %% ../../nbs/04_space.polyrigid.ipynb #47a7beca
+# %% ../../nbs/04_space.polyrigid.ipynb #c40e99dc
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from .fields import along_axes, resample_field, smooth_step
 from .geometry import Grid, crop_grid, inside, respace_grid, sample_index, transform_points
 from .rigid import matrix_twist, twist_matrix
 
-# %% ../../nbs/04_space.polyrigid.ipynb #86b0a946
+# %% ../../nbs/04_space.polyrigid.ipynb #ab120202
 class DistanceMap(NamedTuple):
     "How far points are from a bone, in the world in which the bone is labelled."
 
@@ -64,7 +64,7 @@ def distance_map(
     values = torch.from_numpy(outside - within + np.where(own, 0.5, -0.5) * grid.spacing_mm.min())
     return DistanceMap(values.to(bone.device, dtype)[None, None], crop_grid(grid, low, high))
 
-# %% ../../nbs/04_space.polyrigid.ipynb #725e4a47
+# %% ../../nbs/04_space.polyrigid.ipynb #29764a6c
 def closeness_weights(
     distances: Float[Tensor, "n p"],  # mm, to every bone
     leak_mm: float,  # up to this distance a bone decides alone
@@ -75,12 +75,12 @@ def closeness_weights(
     distances = distances.clamp_min(0)
     nearest = distances.topk(min(2, len(distances)), dim=0, largest=False).values
     other = torch.where(distances > nearest[:1], nearest[:1], nearest[-1:]) if len(distances) > 1 else distances + torch.inf
-    apart = (distances - (0.5 * other).clamp_max(leak_mm)).clamp_min(0)
+    apart = (distances - (other / 3).clamp_max(leak_mm)).clamp_min(0)
     least = apart.amin(0)
     share = torch.where(apart > least, least / apart.clamp_min(1e-12), 1.0) ** power
     return share / (share.sum(0) + (least / reach_mm) ** power)
 
-# %% ../../nbs/04_space.polyrigid.ipynb #ba5ee824
+# %% ../../nbs/04_space.polyrigid.ipynb #6745667d
 @dataclass(frozen=True, eq=False)
 class Polyrigid:
     "A map from the fixed to the moving world that is a rigid motion in every bone."
@@ -145,7 +145,7 @@ class Polyrigid:
     def inverse_points(self, moving_mm: Float[Tensor, "p 3"]) -> Float[Tensor, "p 3"]:  # moving -> fixed world
         return self.through(transform_points(torch.linalg.inv(self.background), moving_mm), backward=True)
 
-# %% ../../nbs/04_space.polyrigid.ipynb #45514f5d
+# %% ../../nbs/04_space.polyrigid.ipynb #4af985c3
 def follow(
     poly: Polyrigid,
     points: Float[Tensor, "p 3"],
@@ -207,7 +207,7 @@ def flow_on(
     disp[0][:, close] += smooth_step(2 - 2 * apart[close] / near_mm) * (to_axes.to(x) @ follow(poly, x, backward).T - disp[0][:, close])
     return hold_bone(poly, disp, grid, number, backward)
 
-# %% ../../nbs/04_space.polyrigid.ipynb #90884fcc
+# %% ../../nbs/04_space.polyrigid.ipynb #7abf5e6a
 def rest_at_bone(
     apart: Float[Tensor, "i j k"],  # mm to the nearest bone, from `near_bone`
     grid: Grid,  # of it
@@ -216,7 +216,7 @@ def rest_at_bone(
     "The share of a deformation that is left near bone."
     return smooth_step((apart - np.linalg.norm(grid.spacing_mm)) / fade_mm)[None, None]
 
-# %% ../../nbs/04_space.polyrigid.ipynb #aa334f28
+# %% ../../nbs/04_space.polyrigid.ipynb #462e101c
 class Released(NamedTuple):
     "Bone that is not kept rigid because it touches another one."
 
