@@ -9,7 +9,7 @@ from scipy.linalg import expm
 
 from spinereg.space.fields import determinant, jacobian
 from spinereg.space.geometry import Grid, transform_points
-from spinereg.space.polyrigid import Polyrigid, apart_mm, closeness_weights, distance_map, flow_on, release
+from spinereg.space.polyrigid import Polyrigid, closeness_weights, distance_map, flow_on, near_bone, release
 from spinereg.space.rigid import matrix_twist, twist_matrix
 
 GRID = Grid((24, 26, 44), np.diag([1.5, 1.2, 1.4, 1.0]))
@@ -123,13 +123,17 @@ def test_bone_is_released_only_where_it_touches_and_slides():
     assert all(f.gap_mm < -2 and 900 < f.overlap_mm3 < 1200 for f in found), "they lie in one another in the fixed posture"
 
 
-def test_apart_is_zero_at_the_surface_in_either_posture():
+def test_the_nearest_bone_is_found_in_either_posture():
+    """Distances on an oblique grid that cuts off half of the bones: those of every point of it, bone by bone."""
     poses = torch.stack([STILL, STILL, motion((8, 0, 0), (0, 0, 0), (17, 15, 39))])
-    poly = Polyrigid(MAPS, poses, STILL)
-    moving = torch.rand(2000, 3).double() * torch.tensor([36.0, 31, 62])
-    fixed = poly.inverse_points(moving)
-    held = torch.stack([bone.holds(moving) for bone in MAPS]).any(0)
-    assert (apart_mm(poly, fixed)[held] - apart_mm(poly, moving, backward=True)[held]).abs().max() < 1e-5
+    poly = Polyrigid(MAPS, poses, motion((1, 2, 3), (4, 5, 6)))
+    grid = Grid((20, 15, 30), twist_matrix(torch.tensor([0.1, -0.2, 0.05, 3, 5, 6]).double()).numpy() @ np.diag([1.0, 3, 1.5, 1]))
+    x = grid.points_mm(poses).reshape(-1, 3)
+    for backward in (False, True):
+        apart, number = near_bone(poly, grid, backward)
+        each = torch.stack([bone.at(x, there) for bone, there in zip(MAPS, poly.seen_from(backward))]).amin(0).clamp_max(15)
+        assert torch.allclose(apart.flatten(), each.float(), atol=1e-3) and torch.equal(number.flatten(), poly.bone_at(x, backward))
+        assert len(number.unique()) > 2
 
 
 def test_log_of_a_motion_is_that_of_scipy():
