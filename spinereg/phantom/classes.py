@@ -108,7 +108,7 @@ def canal_hole(
     width = (np.ptp(hole[:, 0]) + 1) / 2 * grid.spacing_mm[0]
     return np.array([centre[2], centre[0], centre[1], width, sizes.max() / np.pi / width])
 
-
+# %% ../../nbs/86_phantom.classes.ipynb #m0000002
 def canal_table(
     scene: Scene,
 ) -> np.ndarray:  # (z, 9) as in `Anatomy`
