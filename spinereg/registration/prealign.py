@@ -279,10 +279,12 @@ def need_overlap(
 # %% ../../nbs/42_registration.prealign.ipynb #f11d5ae8
 def first_guess(
     pair: Pair,
-    how: str,  # as in `rigid_start`
+    how: str | Path | np.ndarray,  # as in `rigid_start`
     seed: int,
 ) -> tuple[np.ndarray, str]:  # (4, 4) fixed -> moving, RAS mm; what was done, in words
     "The rigid start before any search in the images."
+    if isinstance(how, np.ndarray):
+        return how, "the rigid part of a given map"
     both = pair.fixed_labels is not None and pair.moving_labels is not None
     if how == "labels" and not both:
         fix = "Give fixed_labels and moving_labels, or use prealign='search'."
@@ -337,13 +339,13 @@ class RigidStart(NamedTuple):
 
 def rigid_start(
     pair: Pair,
-    how: str | Path = "auto",  # "header", "centres", "labels", "search", "auto", or a transform file
+    how: str | Path | np.ndarray = "auto",  # "header", "centres", "labels", "search", "auto", a transform file, or the (4, 4) motion itself
     seed: int = 0,
 ) -> RigidStart:
     "Rigid pre-alignment of a pair."
     began, (rigid, way), distance = time.perf_counter(), first_guess(pair, how, seed), (0.0, 0.0)
     need_overlap(pair, rigid)
-    if how in ("search", "auto"):
+    if isinstance(how, str) and how in ("search", "auto"):
         images = (normalise(v, m) for v, m in ((pair.fixed, pair.fixed_modality), (pair.moving, pair.moving_modality)))
         (fixed, moving), bone = images, None if pair.moving_labels is None else pair.moving_labels.data
         start, rigid = rigid, search(fixed, pair.fixed.grid, moving, pair.moving.grid, bone, rigid, seed=seed)

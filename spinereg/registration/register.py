@@ -216,6 +216,7 @@ def read_inputs(
 def prepare(
     inputs: Inputs,
     tell: Callable[[Notice | str], object] = print,  # takes the notices, and what else there is to say on the way
+    rigid: np.ndarray | None = None,  # (4, 4) a rigid start that is known, fixed -> moving, RAS mm; None finds one as the inputs say
 ) -> Prepared:
     "Read and check a pair, find its rigid start, lay the working grid."
     device, clock = choose_device(inputs.device), Clock()
@@ -227,7 +228,7 @@ def prepare(
     for line in memory_warning(pair, inputs.spacing_mm, device):
         tell(line)
     clock.lap("read")
-    start = rigid_start(pair, inputs.prealign, inputs.seed)
+    start = rigid_start(pair, inputs.prealign if rigid is None else rigid, inputs.seed)
     for notice in start.notices:
         tell(notice)
     tell(f"pre-alignment: {start.how}; overlap {start.overlap_before:.0%} by the headers, {start.overlap_after:.0%} now")

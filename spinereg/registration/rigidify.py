@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['BonePoses', 'bone_poses', 'release_notices', 'RigidField', 'rigid_in_bone', 'bones_of', 'rigidify']
 
-# %% ../../nbs/47_registration.rigidify.ipynb #87829950
+# %% ../../nbs/47_registration.rigidify.ipynb #4e860254
 from collections.abc import Mapping, Sequence
-from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,9 +24,9 @@ from ..losses.bone import bone_voxels, rigid_motions
 from ..measure.motion import world_motions
 from ..space.fields import compose, invert, warp_labels
 from ..space.geometry import Grid, respace_grid
-from ..space.polyrigid import Polyrigid, Released, distance_map, flow_on, near_bone, release, rest_at_bone
+from ..space.polyrigid import Polyrigid, Released, distance_map, fine_labels, flow_on, near_bone, release, rest_at_bone
 
-# %% ../../nbs/47_registration.rigidify.ipynb #3fb5d1e0
+# %% ../../nbs/47_registration.rigidify.ipynb #a3a6d1fd
 class BonePoses(NamedTuple):
     "Where a field takes the vertebrae of a label map."
 
@@ -54,7 +53,7 @@ def bone_poses(
     names = tuple(name for name, seen in zip(labels.names, enough) if seen)
     return BonePoses(names, poses[enough], tuple(name for name in labels.names if name not in names))
 
-# %% ../../nbs/47_registration.rigidify.ipynb #3e878d30
+# %% ../../nbs/47_registration.rigidify.ipynb #01b97cc2
 def release_notices(
     found: Sequence[Released],
     labels: Labels,
@@ -86,10 +85,10 @@ def rigid_in_bone(
     grid: Grid,  # of the fixed world, where the field counts
 ) -> RigidField:
     "The field nearest to a given one that is exactly rigid in each vertebra."
-    names, poses, unseen = bone_poses(transform, labels, grid)
-    whole, own = renumber(labels.data, labels.names, names), transform.grid
-    kept, touching = release(whole, labels.grid, poses, torch.from_numpy(transform.rigid))
-    solid, bones = (bones_of(data, labels.grid, poses, transform) for data in (whole, kept))
+    (names, poses, unseen), own = bone_poses(transform, labels, grid), transform.grid
+    whole, voxels = fine_labels(renumber(labels.data, labels.names, names), labels.grid)
+    kept, touching = release(whole, voxels, poses, torch.from_numpy(transform.rigid))
+    solid, bones = (bones_of(data, voxels, poses, transform) for data in (whole, kept))
     there, back = flow_on(bones, own), flow_on(bones, own, backward=True)
     rest = rest_at_bone(near_bone(solid, own, backward=True)[0], own) * compose(transform.disp, back, own)
     found = SpineTransform(own, compose(rest, there, own), compose(back, invert(rest, own), own), transform.rigid, bones)
@@ -103,7 +102,7 @@ def bones_of(labels: Tensor, grid: Grid, poses: Tensor, transform: SpineTransfor
     maps = tuple(distance_map(labels == number, grid) for number in range(1, len(poses) + 1))
     return Polyrigid(maps, poses, torch.from_numpy(transform.rigid), margin_mm=float(transform.grid.spacing_mm.max()))
 
-# %% ../../nbs/47_registration.rigidify.ipynb #03a724f8
+# %% ../../nbs/47_registration.rigidify.ipynb #1fdb1435
 def rigidify(
     transform: SpineTransform | str | Path | Sequence[str | Path],  # fixed -> moving: a transform.h5 of ours, or files in the order ANTs names them
     moving_labels: str | Path,  # vertebra label map of the moving image (NIfTI)

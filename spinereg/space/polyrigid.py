@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['DistanceMap', 'distance_map', 'closeness_weights', 'Polyrigid', 'follow', 'near_bone', 'hold_bone', 'flow_on',
-           'rest_at_bone', 'Released', 'release']
+           'rest_at_bone', 'fine_labels', 'Released', 'release']
 
-# %% ../../nbs/04_space.polyrigid.ipynb #c40e99dc
+# %% ../../nbs/04_space.polyrigid.ipynb #4e466e20
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from .fields import along_axes, resample_field, smooth_step
 from .geometry import Grid, crop_grid, inside, respace_grid, sample_index, transform_points
 from .rigid import matrix_twist, twist_matrix
 
-# %% ../../nbs/04_space.polyrigid.ipynb #ab120202
+# %% ../../nbs/04_space.polyrigid.ipynb #63273f25
 class DistanceMap(NamedTuple):
     "How far points are from a bone, in the world in which the bone is labelled."
 
@@ -64,12 +64,12 @@ def distance_map(
     values = torch.from_numpy(outside - within + np.where(own, 0.5, -0.5) * grid.spacing_mm.min())
     return DistanceMap(values.to(bone.device, dtype)[None, None], crop_grid(grid, low, high))
 
-# %% ../../nbs/04_space.polyrigid.ipynb #29764a6c
+# %% ../../nbs/04_space.polyrigid.ipynb #a134d985
 def closeness_weights(
     distances: Float[Tensor, "n p"],  # mm, to every bone
     leak_mm: float,  # up to this distance a bone decides alone
     reach_mm: float = 40.0,  # R
-    power: float = 1.5,  # p
+    power: float = 1.2,  # p
 ) -> Float[Tensor, "n p"]:  # what is left of their sum is the background's
     "How much each bone has to say."
     distances = distances.clamp_min(0)
@@ -80,7 +80,7 @@ def closeness_weights(
     share = torch.where(apart > least, least / apart.clamp_min(1e-12), 1.0) ** power
     return share / (share.sum(0) + (least / reach_mm) ** power)
 
-# %% ../../nbs/04_space.polyrigid.ipynb #6745667d
+# %% ../../nbs/04_space.polyrigid.ipynb #f307d2e9
 @dataclass(frozen=True, eq=False)
 class Polyrigid:
     "A map from the fixed to the moving world that is a rigid motion in every bone."
@@ -89,7 +89,7 @@ class Polyrigid:
     poses: Float[Tensor, "n 4 4"]  # motion of every bone, fixed -> moving, RAS mm, float64
     background: Float[Tensor, "4 4"]  # motion far from all bones, likewise
     margin_mm: float = 0.0  # how far around each bone its motion goes on, where no other bone is near
-    steps: int = 2  # of the integration
+    steps: int = 4  # of the integration
 
     @cached_property
     def leak_mm(self) -> float:
@@ -145,7 +145,7 @@ class Polyrigid:
     def inverse_points(self, moving_mm: Float[Tensor, "p 3"]) -> Float[Tensor, "p 3"]:  # moving -> fixed world
         return self.through(transform_points(torch.linalg.inv(self.background), moving_mm), backward=True)
 
-# %% ../../nbs/04_space.polyrigid.ipynb #4af985c3
+# %% ../../nbs/04_space.polyrigid.ipynb #d3bbab7a
 def follow(
     poly: Polyrigid,
     points: Float[Tensor, "p 3"],
@@ -207,7 +207,7 @@ def flow_on(
     disp[0][:, close] += smooth_step(2 - 2 * apart[close] / near_mm) * (to_axes.to(x) @ follow(poly, x, backward).T - disp[0][:, close])
     return hold_bone(poly, disp, grid, number, backward)
 
-# %% ../../nbs/04_space.polyrigid.ipynb #7abf5e6a
+# %% ../../nbs/04_space.polyrigid.ipynb #c8b01200
 def rest_at_bone(
     apart: Float[Tensor, "i j k"],  # mm to the nearest bone, from `near_bone`
     grid: Grid,  # of it
@@ -216,7 +216,22 @@ def rest_at_bone(
     "The share of a deformation that is left near bone."
     return smooth_step((apart - np.linalg.norm(grid.spacing_mm)) / fade_mm)[None, None]
 
-# %% ../../nbs/04_space.polyrigid.ipynb #462e101c
+# %% ../../nbs/04_space.polyrigid.ipynb #7550bd6f
+def fine_labels(
+    labels: Int[Tensor, "i j k"],  # of the moving image, 1 ... n
+    grid: Grid,
+    most_mm: float = 1.0,  # voxel size that is fine enough
+) -> tuple[Int[Tensor, "x y z"], Grid]:
+    "The box around the bones of a label map, every voxel divided into small ones."
+    at = labels.nonzero()
+    low, high = at.amin(0).cpu().numpy(), at.amax(0).cpu().numpy() + 1
+    fine, box = labels[tuple(map(slice, low, high))], crop_grid(grid, low, high)
+    parts = np.ceil(grid.spacing_mm / most_mm - 1e-6).astype(int)
+    for axis, n in enumerate(parts):
+        fine = fine.repeat_interleave(int(n), axis)
+    return fine, respace_grid(box, grid.spacing_mm / parts)
+
+
 class Released(NamedTuple):
     "Bone that is not kept rigid because it touches another one."
 
@@ -228,11 +243,11 @@ class Released(NamedTuple):
 
 
 def release(
-    labels: Int[Tensor, "i j k"],  # of the moving image, 1 ... n
+    labels: Int[Tensor, "i j k"],  # of the moving image, 1 ... n, in fine voxels
     grid: Grid,
     poses: Float[Tensor, "n 4 4"],  # fixed -> moving, RAS mm, float64
     background: Float[Tensor, "4 4"],
-    layer_mm: float = 1.5,
+    layer_mm: float = 1.5,  # gap up to which bone may be released
     slip_mm: float = 0.1,  # motion against the other bone below which nothing needs to be released
 ) -> tuple[Int[Tensor, "i j k"], tuple[Released, ...]]:  # labels of the bone that is kept
     "Free the surfaces of bones that come too close to one another."
@@ -245,7 +260,7 @@ def release(
             ways = [background @ twist_matrix((1 - t) * twists[j]) @ twist_matrix((t - 1) * twists[k]) for t in (0.0, 0.5, 1.0)]
             gaps = torch.stack([maps[j].at(y, torch.linalg.solve(background.T, way.T).T) for way in ways]) - grid.spacing_mm.min() / 2
             slip = (transform_points(poses[j] @ torch.linalg.inv(poses[k]), y) - y).norm(dim=-1)
-            free = (gaps.amin(0) < layer_mm) & (slip > slip_mm)
+            free = (gaps.amin(0) < (slip / 2).clamp_max(layer_mm)) & (slip > slip_mm)
             kept[tuple(at[free].T)] = 0
             if gaps.amin() < layer_mm:
                 inside_mm3 = float((gaps < -grid.spacing_mm.min() / 2).sum(1).max() * grid.spacing_mm.prod())

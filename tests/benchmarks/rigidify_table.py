@@ -23,7 +23,7 @@ def measure(pair: Pair, transform: SpineTransform) -> dict:
     figures = measure_all(pair, transform, scene, working_grid(scene)).figures
     bone = next(gain for gain in figures.landmarks if gain.now.group == "bone")
     return {
-        "residual_mm": figures.rigidity.residual_max_mm,
+        "residual_mm": figures.rigidity.residual_max_max_mm,
         "volume_percent": figures.vertebrae.volume_change_percent.abs().max(),
         "dice": figures.labels.mean.dice,
         "bone_tre_mm": bone.now.mean_mm,
