@@ -8,6 +8,7 @@ PUBLIC = {  # name -> where it is defined; imported when it is first asked for
     "register": "registration.register",
     "apply": "registration.register",
     "check": "learning.cases",
+    "rigidify": "registration.rigidify",
     "fit": "learning.fit",
     "evaluate_runs": "compare.evaluation",
     "register_elastix": "compare.elastix",

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PAR0004', 'PENALTY', 'parameter_map', 'own_frame', 'write_inputs', 'read_disp', 'ElastixError', 'compute',
            'how_it_ended', 'start_child', 'steps_done', 'check_end', 'run_child', 'Found', 'read_history', 'solve',
-           'whole_transform', 'ElastixSettings', 'need_elastix', 'bone_mask', 'register_elastix']
+           'ElastixSettings', 'need_elastix', 'bone_mask', 'register_elastix']
 
 # %% ../../nbs/60_compare.elastix.ipynb #381b23d8
 import inspect
@@ -32,13 +32,14 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from ..files.transforms import FLIP, SpineTransform, itk_image
+from ..files.foreign import whole_transform
+from ..files.transforms import FLIP, itk_image
 from ..losses.objective import Batch
 from ..registration.register import Inputs, conclude, prepare
 from ..registration.results import Registration
 from ..registration.run import PROGRESS, in_range, whole
 from ..registration.scene import Scene, make_batch
-from ..space.fields import extend_field, invert, warp_labels
+from ..space.fields import warp_labels
 from ..space.geometry import Grid
 
 # %% ../../nbs/60_compare.elastix.ipynb #9bbbcad2
@@ -249,16 +250,6 @@ def solve(
         write_inputs(folder, batch, bone, parameters)
         run_child(folder, 3 * int(parameters["MaximumNumberOfIterations"][0]), timeout_s)
         return Found(read_disp(folder), read_history(folder, float(batch.grid.spacing_mm[0])))
-
-# %% ../../nbs/60_compare.elastix.ipynb #34ff149e
-def whole_transform(
-    disp: Float[Tensor, "1 3 i j k"],  # mm, along the axes of `grid`
-    grid: Grid,
-    rigid: np.ndarray,  # (4, 4) pre-alignment, fixed -> moving, RAS mm
-) -> SpineTransform:
-    "The map of the whole world, and its inverse, for a displacement on a grid."
-    disp, wide = extend_field(disp, grid, hold_mm=0.0, fade_mm=max(20.0, 2 * float(disp.norm(dim=1).max())))
-    return SpineTransform(wide, disp, invert(disp, wide), rigid)
 
 # %% ../../nbs/60_compare.elastix.ipynb #860d4e3f
 @dataclass(frozen=True, kw_only=True)

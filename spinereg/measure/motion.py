@@ -41,7 +41,7 @@ class Rigidity(NamedTuple):
 
 def voxel_figures(
     vertebra: str,
-    voxel_mm3: float,  # volume of a voxel
+    volume_mm3: float,  # of it
     residual_mm: Float[Tensor, " p"],  # at the voxels of this vertebra
     weight: Float[Tensor, " p"],  # of each voxel in the RMS
     J: Float[Tensor, "p 3 3"],
@@ -50,7 +50,7 @@ def voxel_figures(
     e, w, det = (values.cpu().numpy() for values in (residual_mm, weight, determinant(J)))
     return Rigidity(
         vertebra=vertebra,
-        volume_mm3=float(len(e) * voxel_mm3),
+        volume_mm3=volume_mm3,
         residual_rms_mm=float(np.sqrt(np.average(e**2, weights=w))),
         residual_p95_mm=float(np.quantile(e, 0.95)),
         residual_max_mm=float(e.max()),
@@ -68,16 +68,18 @@ def vertebra_rigidity(
     labels: Int[Tensor, "1 i j k"],  # moving labels warped to `grid`, 0 is background
     names: Sequence[str],  # name of label 1, 2, ...
     fraction: Float[Tensor, "1 i j k"] | None = None,  # soft label at each voxel, the weight in the Procrustes fit
+    held: Bool[Tensor, "1 i j k"] | None = None,  # where bone was to be kept rigid; everywhere when None
 ) -> tuple[list[Rigidity], RigidMotions]:  # one row per vertebra in view; closest motions of all names, as `rigid_motions` gives them
     "Procrustes residual, OC, PC, volume change and folding of every vertebra."
-    disp, bone = disp.double(), bone_voxels(labels, len(names), minimum=0)
+    volume_mm3 = torch.bincount(labels.flatten().long(), minlength=len(names) + 1)[1:] * float(np.prod(grid.spacing_mm))
+    disp, bone = disp.double(), bone_voxels(labels if held is None else labels * held, len(names), minimum=0)
     weight = torch.ones(len(bone.voxel)).to(disp) if fraction is None else fraction[tuple(bone.voxel.T)].to(disp)
     motions = rigid_motions(disp, grid, bone, weight)
     residual, J = rigid_residual_mm(disp, grid, bone, motions), bone_jacobian(disp, grid, bone)
-    rows, voxel_mm3 = [], float(np.prod(grid.spacing_mm))
+    rows = []
     for n in bone.vertebra.unique().tolist():
         own = bone.vertebra == n
-        rows.append(voxel_figures(names[n], voxel_mm3, residual[own], weight[own], J[own]))
+        rows.append(voxel_figures(names[n], float(volume_mm3[n]), residual[own], weight[own], J[own]))
     return rows, motions
 
 # %% ../../nbs/30_measure.motion.ipynb #4170ea63
