@@ -130,7 +130,7 @@ def spread_points(
         apart = torch.minimum(apart, (points - points[chosen[-1]]).norm(dim=1))
     return torch.tensor(chosen)
 
-
+# %% ../../nbs/87_phantom.halfreal.ipynb #m0000012
 def bone_marks(
     spine: RealSpine,
     bend: Bend,
@@ -153,7 +153,7 @@ def bone_marks(
         moving.append(y[chosen])
     return Landmarks(tuple(names), tuple(owners), torch.cat(fixed), torch.cat(moving))
 
-
+# %% ../../nbs/87_phantom.halfreal.ipynb #m0000014
 def soft_marks(
     spine: RealSpine,
     bend: Bend,
