@@ -6,7 +6,7 @@
 __all__ = ['FAT_PART', 'FAT_SIGNAL', 'WATER_SIGNAL', 'TEXTURE', 'Person', 'Appearance', 'draw_brightness', 'draw_appearance',
            'oriented_grid', 'appearance_grid', 'water_and_fat', 'perfect_scan', 'coil_gain', 'acquire']
 
-# %% ../../nbs/83_phantom.appearance.ipynb #2d039644
+# %% ../../nbs/83_phantom.appearance.ipynb #f346199b
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ from .tissues import TISSUES, random_waves, texture
 from ..space.geometry import Grid
 from ..space.images import blur
 
-# %% ../../nbs/83_phantom.appearance.ipynb #52c4ed32
+# %% ../../nbs/83_phantom.appearance.ipynb #daf8ca59
 FAT_PART = {"fat": 0.94, "marrow": 0.45, "skin": 0.15, "muscle": 0.04, "vein": 0.1, "capsule": 0.05}  # fraction of fat; none in the others
 FAT_SIGNAL = {"T1": 1.0, "T2": 0.72, "TIRM": 0.04}  # of pure fat
 WATER_SIGNAL = {  # of the water in a tissue
@@ -39,7 +39,7 @@ WATER_SIGNAL = {  # of the water in a tissue
     },
 }  # fmt: skip
 
-# %% ../../nbs/83_phantom.appearance.ipynb #4adf06c9
+# %% ../../nbs/83_phantom.appearance.ipynb #81de5163
 TEXTURE = {  # strength and grain
     "skin": (0.10, (2.0, 2.0, 2.0)), "fat": (0.13, (4.0, 1.5, 5.0)), "muscle": (0.24, (1.8, 1.6, 9.0)), "organ": (0.14, (5.0, 5.0, 5.0)),
     "vessel": (0.25, (3.0, 3.0, 9.0)), "annulus": (0.14, (2.0, 2.0, 0.9)), "nucleus": (0.10, (3.0, 3.0, 1.6)), "capsule": (0.20, (1.5, 1.5, 3.0)),
@@ -47,7 +47,7 @@ TEXTURE = {  # strength and grain
     "vein": (0.10, (2.0, 2.0, 2.0)),
 }  # fmt: skip
 
-# %% ../../nbs/83_phantom.appearance.ipynb #bfa90a48
+# %% ../../nbs/83_phantom.appearance.ipynb #7a07007a
 @dataclass(frozen=True)
 class Appearance:
     "What a scanner makes of a person. Tissues are in the order of `TISSUES`."
@@ -71,7 +71,7 @@ class Appearance:
     offset_mm: tuple[float, float, float]  # of the field of view from the middle of the spine
     seed: int  # of textures, coil and noise
 
-# %% ../../nbs/83_phantom.appearance.ipynb #20639132
+# %% ../../nbs/83_phantom.appearance.ipynb #71e5ecf7
 def draw_brightness(
     contrast: str,  # "T1", "T2", "TIRM" or "drawn"
     rng: np.random.Generator,
@@ -111,7 +111,7 @@ def draw_appearance(
         seed=seed,
     )  # fmt: skip
 
-# %% ../../nbs/83_phantom.appearance.ipynb #f0f957cc
+# %% ../../nbs/83_phantom.appearance.ipynb #69e75978
 def oriented_grid(
     codes: str,  # direction of the voxel axes, such as "PSR"
     shape: tuple[int, int, int],
@@ -128,7 +128,7 @@ def oriented_grid(
     affine[:3, 3] = centre_mm - affine[:3, :3] @ ((np.array(shape) - 1) / 2)
     return Grid(shape, affine)
 
-# %% ../../nbs/83_phantom.appearance.ipynb #5ddb5bae
+# %% ../../nbs/83_phantom.appearance.ipynb #34a82d83
 def appearance_grid(
     appearance: Appearance,
     centre_mm: np.ndarray,  # (3,) middle of the spine, world
@@ -138,7 +138,7 @@ def appearance_grid(
     shape = tuple(int(round(field / spacing)) for field, spacing in zip(appearance.field_mm, spacing_mm))
     return oriented_grid(appearance.codes, shape, spacing_mm, np.array(appearance.tilt_deg), centre_mm + appearance.offset_mm)
 
-# %% ../../nbs/83_phantom.appearance.ipynb #3fcd43ac
+# %% ../../nbs/83_phantom.appearance.ipynb #6f96b33a
 Person = Callable[[Float[Tensor, "p 3"]], tuple[Float[Tensor, "m p"], Float[Tensor, "p 3"]]]  # fixed world -> tissue fractions, own frame
 
 
@@ -150,13 +150,13 @@ def water_and_fat(
     "The two signals that add up to an MR."
     rng, signal = np.random.default_rng([appearance.seed, 7]), torch.zeros_like(points.T[:2])
     for k, grain in enumerate(appearance.grain_mm):
-        waves, at = random_waves(rng, grain), fractions[k].nonzero()[:, 0]
+        waves, at = random_waves(rng, grain, 40), fractions[k].nonzero()[:, 0]
         amount = fractions[k, at] * (1 + appearance.texture[k] * texture(waves, points[at])).clamp_min(0)
         signal[0, at] += (1 - appearance.fat_part[k]) * appearance.water[k] * amount
         signal[1, at] += appearance.fat_part[k] * appearance.fat_signal * amount
     return signal
 
-# %% ../../nbs/83_phantom.appearance.ipynb #ab90cd87
+# %% ../../nbs/83_phantom.appearance.ipynb #3425394b
 def perfect_scan(
     person: Person,
     grid: Grid,
@@ -178,7 +178,7 @@ def perfect_scan(
         image.append(signal)
     return torch.cat(image).reshape(grid.shape)
 
-# %% ../../nbs/83_phantom.appearance.ipynb #00e1a9ea
+# %% ../../nbs/83_phantom.appearance.ipynb #1bcdb02c
 def coil_gain(
     image: Float[Tensor, "i j k"],  # shows where the body is
     grid: Grid,
@@ -194,7 +194,7 @@ def coil_gain(
     near = log[body & (depth <= 100)]
     return torch.exp(np.log(appearance.gain) * (log - near.mean()) / (near.max() - near.min()))
 
-# %% ../../nbs/83_phantom.appearance.ipynb #058c6051
+# %% ../../nbs/83_phantom.appearance.ipynb #a4d5aa9c
 def acquire(
     person: Person,
     grid: Grid,

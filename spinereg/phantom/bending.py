@@ -6,7 +6,7 @@
 __all__ = ['vertebral_body', 'Column', 'find_column', 'disc_centre', 'bend_column', 'draw_joints', 'bone_nodes', 'relax',
            'harmonic_field', 'random_push', 'Bend', 'bend_labels']
 
-# %% ../../nbs/85_phantom.bending.ipynb #bab08e3e
+# %% ../../nbs/85_phantom.bending.ipynb #185014c3
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ from ..space.geometry import Grid, crop_grid, inside, respace_grid, sample_index
 from ..space.images import blur
 from ..space.polyrigid import DistanceMap, Released, distance_map, release
 
-# %% ../../nbs/85_phantom.bending.ipynb #254e4823
+# %% ../../nbs/85_phantom.bending.ipynb #dffc1dc9
 def vertebral_body(
     bone: Bool[Tensor, "i j k"],  # one vertebra
     grid: Grid,
@@ -39,7 +39,7 @@ def vertebral_body(
     body[box] = torch.from_numpy(thick) & bone[box]
     return body
 
-# %% ../../nbs/85_phantom.bending.ipynb #347b5f6e
+# %% ../../nbs/85_phantom.bending.ipynb #4b1511dd
 class Column(NamedTuple):
     "What has to be known of a spine to bend it."
 
@@ -78,7 +78,7 @@ def disc_centre(
         ends.append(np.percentile(along[near] if near.any() else along, percent))
     return start + way * np.mean(ends)
 
-# %% ../../nbs/85_phantom.bending.ipynb #8d25605d
+# %% ../../nbs/85_phantom.bending.ipynb #1fc10f78
 def bend_column(
     column: Column,
     joints_deg: np.ndarray,  # (n - 1, 3) rotation of every vertebra against the next lower one, axis times angle; axes right, front, top
@@ -108,7 +108,7 @@ def draw_joints(
     joints = most_deg * np.c_[bend, rng.uniform(-0.6, 0.6, n - 1), rng.uniform(-0.25, 0.25, n - 1)]
     return joints * np.minimum(1, most_deg / np.linalg.norm(joints, axis=1, keepdims=True))
 
-# %% ../../nbs/85_phantom.bending.ipynb #b50c38a8
+# %% ../../nbs/85_phantom.bending.ipynb #f2f233d2
 def bone_nodes(
     maps: tuple[DistanceMap, ...],  # of the kept bones, in the moving world
     poses: Float[Tensor, "n 4 4"],
@@ -133,7 +133,7 @@ def bone_nodes(
         disp[(slice(None), *box)] = torch.where(mine, (transform_points(pose, x) - x).movedim(-1, 0).float(), disp[(slice(None), *box)])
     return disp[None], nearest < (second / 3).clamp(0, margin_mm), nearest
 
-# %% ../../nbs/85_phantom.bending.ipynb #b55fbf22
+# %% ../../nbs/85_phantom.bending.ipynb #bb49c46a
 def relax(
     disp: Float[Tensor, "1 3 i j k"],
     held: Bool[Tensor, "i j k"],  # nodes that stay
@@ -167,7 +167,7 @@ def harmonic_field(
         found, before = relax(torch.where(held, fixed, start), held, count), here
     return found, distance
 
-# %% ../../nbs/85_phantom.bending.ipynb #8107089b
+# %% ../../nbs/85_phantom.bending.ipynb #897516b4
 def random_push(
     distance: Float[Tensor, "i j k"],  # to bone, mm, at most 15
     grid: Grid,
@@ -184,7 +184,7 @@ def random_push(
     s = ((distance - 3) / 4).clamp(0, 1)
     return resample_field(integrate(v, coarse), coarse, grid) * s * s * (3 - 2 * s)
 
-# %% ../../nbs/85_phantom.bending.ipynb #fa686098
+# %% ../../nbs/85_phantom.bending.ipynb #4265ad98
 @dataclass(frozen=True, eq=False)
 class Bend:
     "The true map of the fixed world, near the fixed image, to the moving world."
@@ -192,6 +192,7 @@ class Bend:
     poses: Float[Tensor, "n 4 4"]  # fixed -> moving, RAS mm, float64
     kept: Int[Tensor, "i j k"]  # of the moving world: 0, or the number of the vertebra that is rigid there
     near: Int[Tensor, "i j k"]  # likewise, and a few millimetres around
+    loose: Bool[Tensor, "i j k"]  # bone that is released
     kept_grid: Grid
     disp: Float[Tensor, "1 3 x y z"]  # mm, right, front and top
     grid: Grid  # of it, along the axes of the fixed world
@@ -219,7 +220,7 @@ class Bend:
             found = found - 0.8 * (self.map(found) - points) @ turn
         return found
 
-# %% ../../nbs/85_phantom.bending.ipynb #848aa7c4
+# %% ../../nbs/85_phantom.bending.ipynb #cc9d1e87
 def bend_labels(
     labels: Int[Tensor, "i j k"],  # of the moving image, 1 to n
     label_grid: Grid,
@@ -235,4 +236,4 @@ def bend_labels(
     push = random_push(distance, grid, rng, push_mm)
     away, nearest = distance_transform_edt(kept.numpy() == 0, sampling=label_grid.spacing_mm, return_indices=True)
     near = torch.where(torch.from_numpy(away) < 3, kept[tuple(nearest)], 0)
-    return Bend(poses, kept, near, label_grid, push + warp(harmonic, grid, grid, push), grid, released)
+    return Bend(poses, kept, near, (labels > 0) & (kept == 0), label_grid, push + warp(harmonic, grid, grid, push), grid, released)

