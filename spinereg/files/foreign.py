@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .problems import InputFile
 from .transforms import FLIP, SpineTransform, grid_of, read_transform
-from ..space.fields import along_axes, extend_field, invert, world_vectors
+from ..space.fields import along_axes, extend_field, invert
 from ..space.geometry import Grid, transform_points
 from ..space.rigid import motion_matrix, procrustes
 

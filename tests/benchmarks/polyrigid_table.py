@@ -21,7 +21,7 @@ from spinereg.measure.metrics import diffeomorphism
 from spinereg.space.fields import compose, determinant, integrate, jacobian, read_index
 from spinereg.space.geometry import Grid, crop_grid, inside, respace_grid, slabs, transform_points
 from spinereg.space.images import label_centres_mm
-from spinereg.space.polyrigid import DistanceMap, Polyrigid, closeness_weights, distance_map, flow_on, near_bone, release
+from spinereg.space.polyrigid import DistanceMap, Polyrigid, closeness_weights, distance_map, fine_labels, flow_on, near_bone, release
 from spinereg.space.rigid import motion_matrix, procrustes, twist_matrix
 
 MOTIONS = {  # turn of a vertebra against the one below it, from the moving to the fixed posture: rotation vector, degrees
@@ -76,8 +76,9 @@ def bend(spine: Spine, turn_deg: tuple[float, float, float]) -> Bent:
         turn[:3, 3] = about - turn[:3, :3] @ about
         motions.insert(0, motions[0] @ turn)
     poses, still = torch.linalg.inv(torch.stack(motions)) @ motions[len(motions) // 2], torch.eye(4).double()
-    kept, released = release(spine.labels, spine.grid, poses, still)
-    bones, maps = (tuple(distance_map(labels == k, spine.grid) for k in range(1, len(poses) + 1)) for labels in (spine.labels, kept))
+    whole, voxels = fine_labels(spine.labels, spine.grid)
+    kept, released = release(whole, voxels, poses, still)
+    bones, maps = (tuple(distance_map(labels == k, voxels) for k in range(1, len(poses) + 1)) for labels in (whole, kept))
     return Bent(Polyrigid(maps, poses, still), bones, released, surroundings(spine, poses, range(len(poses))))
 
 
@@ -199,7 +200,7 @@ def rigid_rows(spine: Spine, spacing_mm: float) -> Iterator[dict]:
     for motion, turn in MOTIONS.items():
         bent = bend(spine, turn)
         fine, n = respace_grid(bent.grid, spacing_mm), len(spine.names)
-        if np.prod(fine.shape) > 3e7:
+        if np.prod(fine.shape) > 1.5e7:
             fine = respace_grid(surroundings(spine, bent.poly.poses, range(n // 2 - 2, n // 2 + 2)), spacing_mm)
         for grid in (bent.grid, fine):
             figures = measure(partial(flow_on, bent.poly), bent.poly, grid)
@@ -287,7 +288,7 @@ def trip_rows(spine: Spine, n: int = 100_000) -> Iterator[dict]:
         off = compose(back, forward, bent.grid)[0].norm(dim=0)
         stays = inside(read_index(bent.grid, bent.grid, forward)[0], bent.grid.shape, 0.0)
         bone = near_bone(bent.poly, bent.grid)[1] > 0
-        yield {"motion": motion, "steps": "2, sampled", **trip_row(off[bone], off[stays & ~bone])}
+        yield {"motion": motion, "steps": f"{bent.poly.steps}, sampled", **trip_row(off[bone], off[stays & ~bone])}
 
 
 def trip_row(bone_mm: Tensor, soft_mm: Tensor) -> dict:
