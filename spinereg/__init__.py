@@ -12,6 +12,7 @@ PUBLIC = {  # name -> where it is defined; imported when it is first asked for
     "fit": "learning.fit",
     "evaluate_runs": "compare.evaluation",
     "register_elastix": "compare.elastix",
+    "evaluate_transform": "compare.given",
     "read_pair": "files.pairs",
     "read_transform": "files.transforms",
     "Grid": "space.geometry",

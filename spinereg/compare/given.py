@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['evaluate_transform']
 
-# %% ../../nbs/62_compare.given.ipynb #9a3f15da
+# %% ../../nbs/62_compare.given.ipynb #e27f05ae
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from ..registration.register import Inputs, conclude, prepare
 from ..registration.results import Registration
 from ..space.geometry import respace_grid
 
-# %% ../../nbs/62_compare.given.ipynb #c537defc
+# %% ../../nbs/62_compare.given.ipynb #64d305b3
 def evaluate_transform(
     transform: SpineTransform | str | Path | Sequence[str | Path],  # fixed -> moving: a transform.h5 of ours, or files in the order ANTs names them
     fixed: str | Path,  # the image that stays (NIfTI)

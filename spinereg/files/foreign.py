@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_itk', 'read_part', 'whole_transform', 'split_rigid', 'sample_itk', 'read_map']
 
-# %% ../../nbs/16_files.foreign.ipynb #5a3987da
+# %% ../../nbs/16_files.foreign.ipynb #ad4053f5
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from ..space.fields import along_axes, extend_field, invert
 from ..space.geometry import Grid, transform_points
 from ..space.rigid import motion_matrix, procrustes
 
-# %% ../../nbs/16_files.foreign.ipynb #3329eaf2
+# %% ../../nbs/16_files.foreign.ipynb #046fded2
 def read_itk(
     paths: str | Path | Sequence[str | Path],  # an ITK transform or a displacement image, or several: the first is applied first to a point
 ) -> sitk.Transform:  # fixed -> moving points, LPS mm
@@ -42,7 +42,7 @@ def read_part(file: InputFile) -> sitk.Transform:
     except RuntimeError as error:
         raise file.error(f"is no transform that ITK can read ({str(error).strip().splitlines()[-1].strip()})", fix) from error
 
-# %% ../../nbs/16_files.foreign.ipynb #a4297569
+# %% ../../nbs/16_files.foreign.ipynb #9095bd2d
 def whole_transform(
     disp: Float[Tensor, "1 3 i j k"],  # mm, along the axes of `grid`
     grid: Grid,
@@ -75,7 +75,7 @@ def sample_itk(
     rigid, vectors = split_rigid(here, here + torch.from_numpy(field.transpose(2, 1, 0, 3) @ FLIP[:3, :3]))
     return whole_transform(along_axes(vectors[None], grid).float(), grid, rigid)
 
-# %% ../../nbs/16_files.foreign.ipynb #d375dab0
+# %% ../../nbs/16_files.foreign.ipynb #b5a23679
 def read_map(
     paths: str | Path | Sequence[str | Path],  # transform.h5 of ours or its folder, or files as `read_itk` takes them
     grid: Grid | None = None,  # of the fixed world, where another tool's map is looked at; None takes that of its displacement
