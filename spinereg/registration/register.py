@@ -147,15 +147,14 @@ class RegisterSettings(Inputs):
     def faults(self) -> list[str]:
         "What makes no sense; empty texts where nothing is wrong."
         found = [one_of("method", self.method, ("optimise", "network", "rigid")), fault_of(similarity_of, self.similarity)]
-        found += [one_of("rigidify", self.rigidify, (False, True)), in_range("step_mm", self.step_mm, 1e-3, 10)]
-        found += [whole("polish", self.polish, 0), schedule_fault(self.levels, self.steps)]
+        found += [in_range("step_mm", self.step_mm, 1e-3, 10), whole("polish", self.polish, 0), schedule_fault(self.levels, self.steps)]
         found += [in_range(name, value, 0, 1e6) for name, value in vars(self).items() if name.startswith("weight_")]
         if (self.method == "network") != (self.weights is not None):
             found.append(f"method={self.method!r}, weights={self.weights!r}: expected method='network' with the weights of one, or neither")
         if self.polish and self.method != "network":
             found.append(f"polish={self.polish!r}: expected 0, or method='network' before it")
-        if self.rigidify and self.moving_labels is None:
-            found.append("rigidify=True: expected moving_labels, which say where bone is")
+        if not isinstance(self.rigidify, bool) or (self.rigidify and self.moving_labels is None):
+            found.append(f"rigidify={self.rigidify!r}: expected False, or True with moving_labels, which say where bone is")
         return [*super().faults(), self.labels_fault(), *found]
 
 # %% ../../nbs/48_registration.register.ipynb #91900e0f

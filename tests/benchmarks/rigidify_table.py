@@ -25,7 +25,7 @@ def measure(pair: Pair, transform: SpineTransform) -> dict:
     return {
         "residual_mm": figures.rigidity.residual_max_max_mm,
         "volume_percent": figures.vertebrae.volume_change_percent.abs().max(),
-        "dice": figures.labels.mean.dice,
+        "dice": figures.labels.now.dice,
         "bone_tre_mm": bone.now.mean_mm,
         "bone_p95_mm": bone.now.p95_mm,
         "folds": figures.field.regularity.n_folded,
