@@ -94,13 +94,13 @@ def test_the_file_is_rigid_as_itk_reads_it(tmp_path, labels, wavy):
     """0.01 mm at bone 4 mm and more from other bone; the motions beside it are exact."""
     write_itk(tmp_path / "field.tfm", sitk.CompositeTransform([itk_affine(np.eye(4)), itk_field(wavy[0].disp, wavy[0].grid)]))
     phi = spinereg.rigidify(tmp_path / "field.tfm", MASK, out_dir=tmp_path / "out")
-    assert phi.grid.spacing_mm.max() > 1.9
+    assert np.allclose(phi.grid.spacing_mm, 1.6) and not phi.disp[:, :, 0].any() and not phi.disp[..., -1].any()
     by_itk, inverse = (sitk.ReadTransform(str(tmp_path / "out" / f"{name}.h5")) for name in ("transform", "inverse"))
     y = transform_points(labels.grid.affine, labels.data.nonzero().double())[::37]
     number, x = phi.bones.bone_at(transform_points(np.linalg.inv(phi.rigid), y), backward=True), phi.inverse_points(y)
     each = enumerate(zip(phi.bones.maps, phi.bones.poses), start=1)
     other = torch.stack([torch.minimum(bone.at(y), bone.at(x, pose)).where(number != k, torch.inf) for k, (bone, pose) in each]).amin(0)
-    lone = (number > 0) & (other > 8)  # four voxels of 1 mm are eight of this field
+    lone = (number > 0) & (other > 4)
     flip = np.array([-1, -1, 1])
     there = np.array([by_itk.TransformPoint(tuple(p)) for p in x[lone].numpy() * flip]) * flip
     back = np.array([inverse.TransformPoint(tuple(p)) for p in y[lone].numpy() * flip]) * flip

@@ -6,7 +6,7 @@
 __all__ = ['DistanceMap', 'distance_map', 'closeness_weights', 'Polyrigid', 'follow', 'near_bone', 'hold_bone', 'flow_on',
            'rest_at_bone', 'fine_labels', 'Released', 'release']
 
-# %% ../../nbs/04_space.polyrigid.ipynb #4e466e20
+# %% ../../nbs/04_space.polyrigid.ipynb #8cec80a1
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from .fields import along_axes, resample_field, smooth_step
 from .geometry import Grid, crop_grid, inside, respace_grid, sample_index, transform_points
 from .rigid import matrix_twist, twist_matrix
 
-# %% ../../nbs/04_space.polyrigid.ipynb #63273f25
+# %% ../../nbs/04_space.polyrigid.ipynb #9e72c4d2
 class DistanceMap(NamedTuple):
     "How far points are from a bone, in the world in which the bone is labelled."
 
@@ -57,6 +57,8 @@ def distance_map(
 ) -> DistanceMap:
     "Signed distance to a bone: to the nearest voxel of the other kind, and half a voxel less."
     at, margin = bone.nonzero().cpu().numpy(), np.ceil(margin_mm / grid.spacing_mm).astype(int)
+    if not len(at):
+        raise ValueError("distance_map: the bone has no voxel; leave it out")
     low, high = at.min(0) - margin, at.max(0) + margin + 1
     own = np.zeros(high - low, bool)
     own[tuple((at - low).T)] = True
@@ -64,10 +66,11 @@ def distance_map(
     values = torch.from_numpy(outside - within + np.where(own, 0.5, -0.5) * grid.spacing_mm.min())
     return DistanceMap(values.to(bone.device, dtype)[None, None], crop_grid(grid, low, high))
 
-# %% ../../nbs/04_space.polyrigid.ipynb #a134d985
+# %% ../../nbs/04_space.polyrigid.ipynb #d97eb307
 def closeness_weights(
     distances: Float[Tensor, "n p"],  # mm, to every bone
     leak_mm: float,  # up to this distance a bone decides alone
+    share: float = 1 / 3,  # but no further than this share of the way to the next bone
     reach_mm: float = 40.0,  # R
     power: float = 1.2,  # p
 ) -> Float[Tensor, "n p"]:  # what is left of their sum is the background's
@@ -75,12 +78,12 @@ def closeness_weights(
     distances = distances.clamp_min(0)
     nearest = distances.topk(min(2, len(distances)), dim=0, largest=False).values
     other = torch.where(distances > nearest[:1], nearest[:1], nearest[-1:]) if len(distances) > 1 else distances + torch.inf
-    apart = (distances - (other / 3).clamp_max(leak_mm)).clamp_min(0)
+    apart = (distances - (share * other).clamp_max(leak_mm)).clamp_min(0)
     least = apart.amin(0)
     share = torch.where(apart > least, least / apart.clamp_min(1e-12), 1.0) ** power
     return share / (share.sum(0) + (least / reach_mm) ** power)
 
-# %% ../../nbs/04_space.polyrigid.ipynb #f307d2e9
+# %% ../../nbs/04_space.polyrigid.ipynb #8b4c2f7a
 @dataclass(frozen=True, eq=False)
 class Polyrigid:
     "A map from the fixed to the moving world that is a rigid motion in every bone."
@@ -89,6 +92,7 @@ class Polyrigid:
     poses: Float[Tensor, "n 4 4"]  # motion of every bone, fixed -> moving, RAS mm, float64
     background: Float[Tensor, "4 4"]  # motion far from all bones, likewise
     margin_mm: float = 0.0  # how far around each bone its motion goes on, where no other bone is near
+    share: float = 1 / 3  # of the way to the next bone that it goes on at most
     steps: int = 4  # of the integration
 
     @cached_property
@@ -103,7 +107,7 @@ class Polyrigid:
         "Which way points of the fixed world move at a time from 0 (fixed posture) to 1 (moving posture)."
         onward = self.background @ twist_matrix((1 - time) * self.twists)
         distances = torch.stack([bone.at(points, there) for bone, there in zip(self.maps, onward)])
-        twist = closeness_weights(distances, self.leak_mm).T @ self.twists.to(points)
+        twist = closeness_weights(distances, self.leak_mm, self.share).T @ self.twists.to(points)
         return torch.linalg.cross(twist[:, :3], points) + twist[:, 3:]
 
     def flow(self, points: Float[Tensor, "p 3"], backward: bool = False) -> Float[Tensor, "p 3"]:
@@ -145,7 +149,7 @@ class Polyrigid:
     def inverse_points(self, moving_mm: Float[Tensor, "p 3"]) -> Float[Tensor, "p 3"]:  # moving -> fixed world
         return self.through(transform_points(torch.linalg.inv(self.background), moving_mm), backward=True)
 
-# %% ../../nbs/04_space.polyrigid.ipynb #d3bbab7a
+# %% ../../nbs/04_space.polyrigid.ipynb #efa4381b
 def follow(
     poly: Polyrigid,
     points: Float[Tensor, "p 3"],
@@ -207,7 +211,7 @@ def flow_on(
     disp[0][:, close] += smooth_step(2 - 2 * apart[close] / near_mm) * (to_axes.to(x) @ follow(poly, x, backward).T - disp[0][:, close])
     return hold_bone(poly, disp, grid, number, backward)
 
-# %% ../../nbs/04_space.polyrigid.ipynb #c8b01200
+# %% ../../nbs/04_space.polyrigid.ipynb #7934bd8f
 def rest_at_bone(
     apart: Float[Tensor, "i j k"],  # mm to the nearest bone, from `near_bone`
     grid: Grid,  # of it
@@ -216,7 +220,7 @@ def rest_at_bone(
     "The share of a deformation that is left near bone."
     return smooth_step((apart - np.linalg.norm(grid.spacing_mm)) / fade_mm)[None, None]
 
-# %% ../../nbs/04_space.polyrigid.ipynb #7550bd6f
+# %% ../../nbs/04_space.polyrigid.ipynb #810a0807
 def fine_labels(
     labels: Int[Tensor, "i j k"],  # of the moving image, 1 ... n
     grid: Grid,
@@ -237,7 +241,7 @@ class Released(NamedTuple):
 
     bone: int  # from 1
     other: int
-    percent: float  # of the bone
+    percent: float  # of the bone, because of this other one
     gap_mm: float  # the smallest on the way; negative where they interpenetrate
     overlap_mm3: float  # the largest on the way
 

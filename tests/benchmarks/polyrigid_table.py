@@ -138,7 +138,7 @@ def measure(
         bones.append(own[tuple(at.T)] - 1)
     x, y, bone = torch.cat(points), torch.cat(moved), torch.cat(bones)
     residuals = [
-        max(float((transform_points(pose, x[bone == k]) - y[bone == k]).norm(dim=1).max()) for k, pose in enumerate(poses))
+        max(float((transform_points(pose, x[bone == k]) - y[bone == k]).norm(dim=1).max()) for k, pose in enumerate(poses) if (bone == k).any())
         for poses in (poly.poses, motion_matrix(procrustes(x, y, torch.ones(len(x)).double(), bone, len(poly.poses))))
     ]
     failing, percent = torch.from_numpy(np.array(bad).reshape(-1, 3)), 100 * turned / np.prod(grid.shape)

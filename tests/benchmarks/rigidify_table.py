@@ -53,7 +53,7 @@ def main():
     for name, transform in found.items():
         rigid = spinereg.rigidify(transform, files["moving_labels"], fixed=files["fixed"])
         rows += [{"field": name, "": when, **measure(pair, field)} for when, field in (("given", transform), ("rigid", rigid))]
-    print(pd.DataFrame(rows).to_markdown(index=False, floatfmt=".3g"))
+    print(pd.DataFrame(rows).to_string(index=False, float_format="{:.3g}".format))
 
 
 if __name__ == "__main__":
