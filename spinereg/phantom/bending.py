@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['vertebral_body', 'Column', 'find_column', 'disc_centre', 'bend_column', 'draw_joints', 'bone_nodes', 'relax',
-           'harmonic_field', 'random_push', 'Bend', 'bend_labels']
+           'harmonic_field', 'random_push', 'Bend', 'bend_labels', 'released_percent']
 
 # %% ../../nbs/85_phantom.bending.ipynb #185014c3
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from .spine import rotation_about
 from ..space.fields import integrate, resample_field, warp
 from ..space.geometry import Grid, crop_grid, inside, respace_grid, sample_index, transform_points
 from ..space.images import blur
-from ..space.polyrigid import DistanceMap, Released, distance_map, release
+from ..space.polyrigid import DistanceMap, Released, distance_map, fine_labels, release
 
 # %% ../../nbs/85_phantom.bending.ipynb #dffc1dc9
 def vertebral_body(
@@ -82,11 +82,13 @@ def disc_centre(
 def bend_column(
     column: Column,
     joints_deg: np.ndarray,  # (n - 1, 3) rotation of every vertebra against the next lower one, axis times angle; axes right, front, top
-    turn_deg: np.ndarray,  # (3,) rotation of the whole about the middle vertebra
+    turn_deg: np.ndarray,  # (3,) rotation of the whole about the root
     shift_mm: np.ndarray,  # (3,) and its shift
+    root: int | None = None,  # the vertebra that turn and shift are those of, from 0; None: the middle one
 ) -> Float[Tensor, "n 4 4"]:  # poses, fixed -> moving, RAS mm, float64
     "Bend the joints between whole vertebrae, then move everything."
-    n, middle = len(column.centres_mm), len(column.centres_mm) // 2
+    n = len(column.centres_mm)
+    middle = n // 2 if root is None else root
     joints = joints_deg * np.array([a and b for a, b in zip(column.whole, column.whole[1:])])[:, None]
     bend = [np.eye(4)] * n
     for i in reversed(range(middle)):
@@ -163,7 +165,7 @@ def harmonic_field(
         size = 2 ** (len(sweeps) - 1 - level)
         here = grid if size == 1 else respace_grid(grid, grid.spacing_mm * size)
         fixed, held, distance = bone_nodes(maps, poses, here, float(here.spacing_mm.min()) * (1.8 if size == 1 else 0.6))
-        start = fixed[..., held].mean(-1)[..., None, None, None] if found is None else resample_field(found, before, here)
+        start = fixed[..., held].mean(-1).nan_to_num()[..., None, None, None] if found is None else resample_field(found, before, here)
         found, before = relax(torch.where(held, fixed, start), held, count), here
     return found, distance
 
@@ -190,9 +192,9 @@ class Bend:
     "The true map of the fixed world, near the fixed image, to the moving world."
 
     poses: Float[Tensor, "n 4 4"]  # fixed -> moving, RAS mm, float64
-    kept: Int[Tensor, "i j k"]  # of the moving world: 0, or the number of the vertebra that is rigid there
+    kept: Int[Tensor, "i j k"]  # of the moving world, in fine voxels around the bones: 0, or the number of the vertebra that is rigid there
     near: Int[Tensor, "i j k"]  # likewise, and a few millimetres around
-    loose: Bool[Tensor, "i j k"]  # bone that is released
+    loose: Int[Tensor, "i j k"]  # 0, or the number of the vertebra that is released there
     kept_grid: Grid
     disp: Float[Tensor, "1 3 x y z"]  # mm, right, front and top
     grid: Grid  # of it, along the axes of the fixed world
@@ -208,8 +210,8 @@ class Bend:
             moved[at] = torch.where((self.read(self.kept, rigid) == k)[:, None], rigid, moved[at])
         return moved
 
-    def read(self, labels: Tensor, points: Float[Tensor, "p 3"]) -> Int[Tensor, " p"]:  # label of the nearest voxel; 0 outside
-        index = transform_points(np.linalg.inv(self.kept_grid.affine), points)
+    def read(self, labels: Tensor, points: Float[Tensor, "p 3"], grid: Grid | None = None) -> Int[Tensor, " p"]:  # nearest voxel's; 0 outside
+        index = transform_points(np.linalg.inv((grid or self.kept_grid).affine), points)
         i, j, k = (index.round().long().clamp_min(0).minimum(torch.tensor(labels.shape) - 1)).unbind(-1)
         return torch.where(inside(index, labels.shape), labels[i, j, k], 0)
 
@@ -230,10 +232,23 @@ def bend_labels(
     push_mm: float = 4.0,  # largest motion of soft tissue of its own
 ) -> Bend:
     "The true map that moves bones along poses."
-    kept, released = release(labels, label_grid, poses, poses[len(poses) // 2])
-    maps = tuple(distance_map(kept == number, label_grid) for number in range(1, len(poses) + 1))
-    harmonic, distance = harmonic_field(maps, poses, grid)
+    fine, voxels = fine_labels(labels, label_grid)
+    fine, voxels = F.pad(fine, [6] * 6), crop_grid(voxels, [-6] * 3, np.array(voxels.shape) + 6)
+    kept, released = release(fine, voxels, poses, poses[len(poses) // 2])
+    held = [k for k in range(len(poses)) if (kept == k + 1).any()]
+    if not held:
+        raise ValueError("all bone is released: the poses drive the vertebrae into one another; bend the joints less")
+    harmonic, distance = harmonic_field(tuple(distance_map(kept == k + 1, voxels) for k in held), poses[held], grid)
     push = random_push(distance, grid, rng, push_mm)
-    away, nearest = distance_transform_edt(kept.numpy() == 0, sampling=label_grid.spacing_mm, return_indices=True)
+    away, nearest = distance_transform_edt(kept.numpy() == 0, sampling=voxels.spacing_mm, return_indices=True)
     near = torch.where(torch.from_numpy(away) < 3, kept[tuple(nearest)], 0)
-    return Bend(poses, kept, near, (labels > 0) & (kept == 0), label_grid, push + warp(harmonic, grid, grid, push), grid, released)
+    disp = push + warp(harmonic, grid, grid, push)
+    return Bend(poses, kept, near, torch.where(kept == 0, fine, 0), voxels, disp, grid, released)
+
+
+def released_percent(
+    bend: Bend,
+) -> list[float]:  # per vertebra, 0 to 100
+    "How much of each bone is not kept rigid."
+    loose, kept = (torch.bincount(labels.flatten(), minlength=len(bend.poses) + 1)[1:] for labels in (bend.loose, bend.kept))
+    return (100 * loose / (loose + kept).clamp_min(1)).tolist()

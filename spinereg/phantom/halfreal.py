@@ -136,15 +136,15 @@ def bone_marks(
     bend: Bend,
     mr_grid: Grid,
     count: int = 16,  # on each vertebra
-    least: int = 60,  # voxels of a vertebra that both images must show
+    least_mm3: float = 60.0,  # of a vertebra that both images must show
 ) -> Landmarks:
     "Landmarks all over the kept bone that both images show, on cut vertebrae too."
     names, owners, fixed, moving = [], [], [torch.zeros(0, 3, dtype=torch.float64)], [torch.zeros(0, 3, dtype=torch.float64)]
     for k, name in enumerate(spine.names):
-        y = transform_points(spine.grid.affine, (bend.kept == k + 1).nonzero().double())
+        y = transform_points(bend.kept_grid.affine, (bend.kept == k + 1).nonzero().double())
         x = transform_points(torch.linalg.inv(bend.poses[k]), y)
         seen = within(mr_grid, x, margin=0.5) & within(spine.grid, y, margin=1.5)
-        if seen.sum() < least:
+        if seen.sum() * bend.kept_grid.spacing_mm.prod() < least_mm3:
             continue
         chosen = seen.nonzero()[:, 0][spread_points(x[seen], count)]
         names += [f"{name} {n + 1}" for n in range(len(chosen))]
@@ -227,7 +227,7 @@ def place_bend(
     margin_mm: float,
 ) -> tuple[RealSpine, Bend, Grid, np.ndarray]:  # the part of the spine that is used, its true map, the MR's grid, the joints as they were bent
     "Bend a spine, and cut the CT to what the MR shows of it; less where tissue would fold."
-    poses = bend_column(spine.column, joints_deg, turn_deg, shift_mm)
+    poses = bend_column(spine.column, joints_deg, turn_deg, shift_mm, middle)
     mr_grid = mr_grid_within(appearance, spine, poses[middle], spine.column.centres_mm[middle])
     corners = torch.as_tensor(mr_grid.corners_mm())
     part, held = crop_spine(spine, transform_points(poses[middle], corners), margin_mm)
@@ -244,7 +244,7 @@ def bent_labels(
 ) -> Int[Tensor, "i j k"]:
     "The vertebrae in the posture of the MR."
     points = mr_grid.points_mm(torch.zeros(1, dtype=torch.float64)).reshape(-1, 3)
-    return torch.cat([bend.read(part.labels, bend.map(chunk)) for chunk in points.split(2**18)]).reshape(mr_grid.shape)
+    return torch.cat([bend.read(part.labels, bend.map(chunk), part.grid) for chunk in points.split(2**18)]).reshape(mr_grid.shape)
 
 # %% ../../nbs/87_phantom.halfreal.ipynb #e9cb7c0a
 def make_halfreal(
