@@ -97,8 +97,8 @@ def draw_appearance(
     width_mm: tuple[float, float] = (60.0, 84.0),  # and from side to side
 ) -> Appearance:
     "One scanner, one sequence, one technician."
-    rng = np.random.default_rng([seed, 6])
-    water, fat_signal = draw_brightness(contrast, rng)
+    water, fat_signal = draw_brightness(contrast, np.random.default_rng([seed, 6, 0]))
+    rng = np.random.default_rng([seed, 6, 1])  # its own, so that the contrasts of one seed share scanner, grid and textures
     strength = {name: s * rng.uniform(0.6, 1.4) for name, (s, _) in TEXTURE.items()}
     return Appearance(
         contrast, water, tuple(FAT_PART.get(name, 0.0) for name in TISSUES), fat_signal,
@@ -161,10 +161,10 @@ def perfect_scan(
     person: Person,
     grid: Grid,
     appearance: Appearance,
-    sample_mm: float = 1.4,  # largest distance of samples through a slice
+    sample_mm: float = 1.4,  # largest distance of samples through a slice, of which there is an odd number
 ) -> Float[Tensor, "i j k"]:
     "The image without coil, blur and noise."
-    n = 2 * int(grid.spacing_mm[2] / sample_mm / 2) + 1
+    n = 2 * int(np.ceil((grid.spacing_mm[2] / sample_mm - 1) / 2)) + 1
     through = np.outer((np.arange(n) - (n - 1) / 2) / n, grid.affine[:3, 2])
     shift = appearance.chemical_shift_mm * grid.axes[:, appearance.shift_axis]
     image = []

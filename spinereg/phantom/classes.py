@@ -75,7 +75,7 @@ def make_scene(
     low, high = (np.clip(ends, 0, ct_grid.shape).astype(int) for ends in (corners.min(0) - 3, corners.max(0) + 4))
     box, part = tuple(slice(a, b) for a, b in zip(low, high)), crop_grid(ct_grid, low, high)
     bone = warp((labels[box] > 0).float()[None, None], part, grid, outside="zeros")[0, 0]
-    values = warp(denoise(hu[box], part)[None, None], part, grid)[0, 0]
+    values = warp(denoise(hu[box], part)[None, None] + 1024, part, grid, outside="zeros")[0, 0] - 1024  # air outside
     placed, bodies = (warp_labels(which[box][None], part, grid)[0][0] for which in (labels, column.bodies))
     return Scene(values, bone, placed, bodies, column, names, grid)
 
@@ -274,7 +274,7 @@ def paint_back(
     first = body.int().argmax(1, keepdim=True)
     row = torch.arange(scene.hu.shape[1])[None, :, None] - first
     paint(fractions, "skin", ((row < 2) & (first > 0)).float())
-    paint(fractions, "air", ((row < 0) | ~body.any(1, keepdim=True)).float())
+    paint(fractions, "air", ((row < 0) | ~body.any(1, keepdim=True) | (scene.hu < -1000)).float())
 
 # %% ../../nbs/86_phantom.classes.ipynb #73e92f43
 class TissueMap(NamedTuple):
