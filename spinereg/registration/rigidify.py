@@ -6,7 +6,7 @@
 __all__ = ['BonePoses', 'bone_poses', 'release_notices', 'RigidField', 'storage_grid', 'vanish_at_faces', 'rigid_in_bone',
            'rigidify']
 
-# %% ../../nbs/47_registration.rigidify.ipynb #4d2fa98d
+# %% ../../nbs/47_registration.rigidify.ipynb #a680df7b
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +28,7 @@ from ..space.fields import compose, invert, smooth_step, warp_labels
 from ..space.geometry import Grid, crop_grid, respace_grid, transform_points
 from ..space.polyrigid import DistanceMap, Polyrigid, Released, distance_map, fine_labels, flow_on, near_bone, release, rest_at_bone
 
-# %% ../../nbs/47_registration.rigidify.ipynb #04f30eae
+# %% ../../nbs/47_registration.rigidify.ipynb #73745055
 class BonePoses(NamedTuple):
     "Where a field takes the vertebrae of a label map."
 
@@ -55,7 +55,7 @@ def bone_poses(
     names = tuple(name for name, seen in zip(labels.names, enough) if seen)
     return BonePoses(names, poses[enough], tuple(name for name in labels.names if name not in names))
 
-# %% ../../nbs/47_registration.rigidify.ipynb #f30fb189
+# %% ../../nbs/47_registration.rigidify.ipynb #966ef7d1
 def release_notices(
     found: Sequence[Released],
     labels: Labels,
@@ -110,7 +110,7 @@ def vanish_at_faces(
         disp = disp * share.view([-1 if a == axis else 1 for a in range(3)])
     return disp
 
-# %% ../../nbs/47_registration.rigidify.ipynb #fcdc1d8f
+# %% ../../nbs/47_registration.rigidify.ipynb #53a53207
 def rigid_in_bone(
     transform: SpineTransform,
     labels: Labels,  # of the moving image
@@ -134,7 +134,7 @@ def rigid_in_bone(
     notices = [Notice("moving_labels", labels.native.path.name, left)] if unseen else []
     return RigidField(found, dict(zip(names, poses.numpy())), (*notices, *release_notices(touching, labels, names)))
 
-# %% ../../nbs/47_registration.rigidify.ipynb #059212d3
+# %% ../../nbs/47_registration.rigidify.ipynb #71a65cf1
 def rigidify(
     transform: SpineTransform | str | Path | Sequence[str | Path],  # fixed -> moving: a transform.h5 of ours, or files in the order ANTs names them
     moving_labels: str | Path,  # vertebra label map of the moving image (NIfTI)

@@ -6,7 +6,7 @@
 __all__ = ['DistanceMap', 'distance_map', 'closeness_weights', 'Polyrigid', 'follow', 'near_bone', 'hold_bone', 'flow_on',
            'rest_at_bone', 'fine_labels', 'Released', 'release']
 
-# %% ../../nbs/04_space.polyrigid.ipynb #8cec80a1
+# %% ../../nbs/04_space.polyrigid.ipynb #8aedf92d
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from .fields import along_axes, resample_field, smooth_step
 from .geometry import Grid, crop_grid, inside, respace_grid, sample_index, transform_points
 from .rigid import matrix_twist, twist_matrix
 
-# %% ../../nbs/04_space.polyrigid.ipynb #9e72c4d2
+# %% ../../nbs/04_space.polyrigid.ipynb #d3a12717
 class DistanceMap(NamedTuple):
     "How far points are from a bone, in the world in which the bone is labelled."
 
@@ -66,13 +66,13 @@ def distance_map(
     values = torch.from_numpy(outside - within + np.where(own, 0.5, -0.5) * grid.spacing_mm.min())
     return DistanceMap(values.to(bone.device, dtype)[None, None], crop_grid(grid, low, high))
 
-# %% ../../nbs/04_space.polyrigid.ipynb #d97eb307
+# %% ../../nbs/04_space.polyrigid.ipynb #2d0f5e7f
 def closeness_weights(
     distances: Float[Tensor, "n p"],  # mm, to every bone
     leak_mm: float,  # up to this distance a bone decides alone
     share: float = 1 / 3,  # but no further than this share of the way to the next bone
     reach_mm: float = 40.0,  # R
-    power: float = 1.2,  # p
+    power: float = 1.5,  # p
 ) -> Float[Tensor, "n p"]:  # what is left of their sum is the background's
     "How much each bone has to say."
     distances = distances.clamp_min(0)
@@ -83,7 +83,7 @@ def closeness_weights(
     share = torch.where(apart > least, least / apart.clamp_min(1e-12), 1.0) ** power
     return share / (share.sum(0) + (least / reach_mm) ** power)
 
-# %% ../../nbs/04_space.polyrigid.ipynb #8b4c2f7a
+# %% ../../nbs/04_space.polyrigid.ipynb #decf1ab8
 @dataclass(frozen=True, eq=False)
 class Polyrigid:
     "A map from the fixed to the moving world that is a rigid motion in every bone."
@@ -149,7 +149,7 @@ class Polyrigid:
     def inverse_points(self, moving_mm: Float[Tensor, "p 3"]) -> Float[Tensor, "p 3"]:  # moving -> fixed world
         return self.through(transform_points(torch.linalg.inv(self.background), moving_mm), backward=True)
 
-# %% ../../nbs/04_space.polyrigid.ipynb #efa4381b
+# %% ../../nbs/04_space.polyrigid.ipynb #509f02a3
 def follow(
     poly: Polyrigid,
     points: Float[Tensor, "p 3"],
@@ -211,7 +211,7 @@ def flow_on(
     disp[0][:, close] += smooth_step(2 - 2 * apart[close] / near_mm) * (to_axes.to(x) @ follow(poly, x, backward).T - disp[0][:, close])
     return hold_bone(poly, disp, grid, number, backward)
 
-# %% ../../nbs/04_space.polyrigid.ipynb #7934bd8f
+# %% ../../nbs/04_space.polyrigid.ipynb #2a715e01
 def rest_at_bone(
     apart: Float[Tensor, "i j k"],  # mm to the nearest bone, from `near_bone`
     grid: Grid,  # of it
@@ -220,7 +220,7 @@ def rest_at_bone(
     "The share of a deformation that is left near bone."
     return smooth_step((apart - np.linalg.norm(grid.spacing_mm)) / fade_mm)[None, None]
 
-# %% ../../nbs/04_space.polyrigid.ipynb #810a0807
+# %% ../../nbs/04_space.polyrigid.ipynb #25ea9d06
 def fine_labels(
     labels: Int[Tensor, "i j k"],  # of the moving image, 1 ... n
     grid: Grid,
