@@ -1,0 +1,89 @@
+"""Register half-real cases and phantoms with drawn appearances with several similarities, one JSON line each.
+
+python tests/benchmarks/truth_table.py out/truth.jsonl out/half/*/      # folders of cases, as write_halfreal and write_case leave them
+python tests/benchmarks/truth_table.py out/truth.jsonl --phantoms 20      # drawn on the way, T1, T2, TIRM and drawn contrasts in turn
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from spinereg.losses.similarity import Similarity, similarity_of
+from spinereg.phantom.appearance import draw_appearance
+from spinereg.phantom.cases import make_case, write_case
+from spinereg.registration.optimise import make_transform
+from spinereg.registration.register import RegisterSettings, find_velocity, prepare
+from spinereg.space.geometry import transform_points
+
+
+@dataclass(frozen=True)
+class Sum:
+    "Several similarities added up."
+
+    parts: tuple[Similarity, ...]
+
+    @property
+    def reach(self) -> int:
+        return max(part.reach for part in self.parts)
+
+    def __call__(self, fixed: Tensor, moved: Tensor, mask: Tensor | None = None) -> Tensor:
+        return sum(part(fixed, moved, mask) for part in self.parts)
+
+
+WAYS = {"lncc": "lncc", "mi": "mi", "mind": "mind", "lncc+mi": Sum((similarity_of("lncc"), similarity_of("mi")))}
+
+
+def measure(case: Path, device: str) -> Iterator[dict]:
+    "One case, pre-aligned once and registered with every similarity."
+    files = {"fixed": case / "mr.nii.gz", "moving": case / "ct.nii.gz", "moving_labels": case / "ct_mask.nii.gz", "landmarks": case / "landmarks.csv"}
+    settings = {**files, "moving_modality": "ct", "fixed_modality": "mr", "device": device}
+    look, prepared = json.loads((case / "truth.json").read_text())["appearance"], prepare(RegisterSettings(**settings))
+    marks = prepared.pair.landmarks
+    bone = torch.tensor([name != "" for name in marks.vertebra])
+    for name, similarity in WAYS.items():
+        found = find_velocity(RegisterSettings(**settings, similarity=similarity), prepared)
+        transform = make_transform(found.velocity, found.grid, prepared.start.rigid)
+        now = (transform.points(marks.fixed_mm.to(found.velocity.device)).cpu() - marks.moving_mm).norm(dim=1)
+        start = (transform_points(prepared.start.rigid, marks.fixed_mm) - marks.moving_mm).norm(dim=1)
+        yield {
+            "case": case.name,
+            "similarity": name,
+            "contrast": look["contrast"],
+            "gain": look["gain"],
+            "chemical_shift_mm": look["chemical_shift_mm"],
+            "prealigned_mm": float(start[bone].mean()),
+            "bone_mm": float(now[bone].mean()),
+            "bone_p95_mm": float(now[bone].quantile(0.95)),
+            "soft_mm": float(now[~bone].mean()),
+        }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="file of JSON lines, one per case and similarity; made anew")
+    parser.add_argument("cases", type=Path, nargs="*")
+    parser.add_argument("--phantoms", type=int, default=0, help="how many to draw")
+    parser.add_argument("--device", default="auto")
+    given = parser.parse_args()
+    cases, rows = list(given.cases), []
+    for number in range(given.phantoms):
+        cases.append(given.out.parent / f"phantom_{number}")
+        if not (cases[-1] / "truth.json").exists():
+            look = draw_appearance(200 + number, contrast=("T1", "T2", "TIRM", "drawn")[number % 4])
+            write_case(cases[-1], make_case("clinical", 200 + number, appearance=look))
+    for case in cases:
+        for row in measure(case, given.device):
+            rows.append(row)
+            given.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = pd.DataFrame(rows)
+    print(table.pivot_table(index=["case", "contrast"], columns="similarity", values="bone_mm").round(2).to_string())
+
+
+if __name__ == "__main__":
+    main()
