@@ -6,7 +6,7 @@
 __all__ = ['DistanceMap', 'distance_map', 'closeness_weights', 'Bones', 'Polyrigid', 'follow', 'near_bone', 'hold_bone',
            'flow_on', 'rest_at_bone', 'fine_labels', 'Released', 'release']
 
-# %% ../../nbs/04_space.polyrigid.ipynb #50413ba3
+# %% ../../nbs/04_space.polyrigid.ipynb #330d3409
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from .fields import along_axes, resample_field, smooth_step
 from .geometry import Grid, crop_grid, inside, respace_grid, sample_index, transform_points
 from .rigid import matrix_twist, twist_matrix
 
-# %% ../../nbs/04_space.polyrigid.ipynb #02bf2166
+# %% ../../nbs/04_space.polyrigid.ipynb #d967ab9b
 class DistanceMap(NamedTuple):
     "How far points are from a bone, in the world in which the bone is labelled."
 
@@ -66,7 +66,7 @@ def distance_map(
     values = torch.from_numpy(outside - within + np.where(own, 0.5, -0.5) * grid.spacing_mm.min())
     return DistanceMap(values.to(bone.device, dtype)[None, None], crop_grid(grid, low, high))
 
-# %% ../../nbs/04_space.polyrigid.ipynb #4d3ad1a0
+# %% ../../nbs/04_space.polyrigid.ipynb #d164cb13
 def closeness_weights(
     distances: Float[Tensor, "n p"],  # mm, to every bone
     leak_mm: float,  # up to this distance a bone decides alone
@@ -83,7 +83,7 @@ def closeness_weights(
     share = torch.where(apart > least, least / apart.clamp_min(1e-12), 1.0) ** power
     return share / (share.sum(0) + (least / reach_mm) ** power)
 
-# %% ../../nbs/04_space.polyrigid.ipynb #2cb8a46d
+# %% ../../nbs/04_space.polyrigid.ipynb #861c4bdb
 @dataclass(frozen=True, eq=False)
 class Bones:
     "Bones, and where each of them goes."
@@ -108,7 +108,7 @@ class Bones:
         motion = (torch.linalg.inv(motion) if backward else motion)[number - 1].to(points)
         return (motion[:, :3, :3] @ points[..., None])[..., 0] + motion[:, :3, 3]
 
-# %% ../../nbs/04_space.polyrigid.ipynb #394e80d7
+# %% ../../nbs/04_space.polyrigid.ipynb #5c57e629
 @dataclass(frozen=True, eq=False)
 class Polyrigid(Bones):
     "A map from the fixed to the moving world that is a rigid motion in every bone."
@@ -155,7 +155,7 @@ class Polyrigid(Bones):
     def inverse_points(self, moving_mm: Float[Tensor, "p 3"]) -> Float[Tensor, "p 3"]:  # moving -> fixed world
         return self.through(transform_points(torch.linalg.inv(self.background), moving_mm), backward=True)
 
-# %% ../../nbs/04_space.polyrigid.ipynb #8e604955
+# %% ../../nbs/04_space.polyrigid.ipynb #01d38638
 def follow(
     poly: Polyrigid,
     points: Float[Tensor, "p 3"],
@@ -184,7 +184,7 @@ def near_bone(
         number[box][bone.holds(x, there).reshape(block.shape)] = k
     return apart, number
 
-
+# %% ../../nbs/04_space.polyrigid.ipynb #9ed3cb84
 def hold_bone(
     poly: Polyrigid,
     disp: Float[Tensor, "1 3 i j k"],  # mm along the axes of `grid`
@@ -217,7 +217,7 @@ def flow_on(
     disp[0][:, close] += smooth_step(2 - 2 * apart[close] / near_mm) * (to_axes.to(x) @ follow(poly, x, backward).T - disp[0][:, close])
     return hold_bone(poly, disp, grid, number, backward)
 
-# %% ../../nbs/04_space.polyrigid.ipynb #3e90cfef
+# %% ../../nbs/04_space.polyrigid.ipynb #61cd48e1
 def rest_at_bone(
     apart: Float[Tensor, "i j k"],  # mm to the nearest bone, from `near_bone`
     grid: Grid,  # of it
@@ -226,7 +226,7 @@ def rest_at_bone(
     "The share of a deformation that is left near bone."
     return smooth_step((apart - np.linalg.norm(grid.spacing_mm)) / fade_mm)[None, None]
 
-# %% ../../nbs/04_space.polyrigid.ipynb #de996122
+# %% ../../nbs/04_space.polyrigid.ipynb #d48816dd
 def fine_labels(
     labels: Int[Tensor, "i j k"],  # of the moving image, 1 ... n
     grid: Grid,
@@ -241,7 +241,7 @@ def fine_labels(
         fine = fine.repeat_interleave(int(n), axis)
     return fine, respace_grid(box, grid.spacing_mm / parts)
 
-
+# %% ../../nbs/04_space.polyrigid.ipynb #1a9c642a
 class Released(NamedTuple):
     "Bone that is not kept rigid because it touches another one."
 
