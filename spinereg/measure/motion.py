@@ -72,7 +72,11 @@ def vertebra_rigidity(
 ) -> tuple[list[Rigidity], RigidMotions]:  # one row per vertebra in view; closest motions of all names, as `rigid_motions` gives them
     "Procrustes residual, OC, PC, volume change and folding of every vertebra."
     volume_mm3 = torch.bincount(labels.flatten().long(), minlength=len(names) + 1)[1:] * float(np.prod(grid.spacing_mm))
-    disp, bone = disp.double(), bone_voxels(labels if held is None else labels * held, len(names), minimum=0)
+    if held is not None:  # a vertebra of which nothing is held is measured whole
+        some = torch.zeros(len(names) + 1, dtype=torch.bool, device=labels.device)
+        some[labels[held].long()] = True
+        labels = labels * (held | ~some[labels.long()])
+    disp, bone = disp.double(), bone_voxels(labels, len(names), minimum=0)
     weight = torch.ones(len(bone.voxel)).to(disp) if fraction is None else fraction[tuple(bone.voxel.T)].to(disp)
     motions = rigid_motions(disp, grid, bone, weight)
     residual, J = rigid_residual_mm(disp, grid, bone, motions), bone_jacobian(disp, grid, bone)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PREALIGN', 'prealign_fault', 'scheme_faults', 'fault_of', 'Inputs', 'schedule_fault', 'RegisterSettings', 'memory_gb',
            'memory_warning', 'Prepared', 'label_tables', 'read_inputs', 'prepare', 'stay', 'ask_network',
-           'find_velocity', 'conclude', 'register', 'carry', 'read_values', 'apply_points', 'apply']
+           'find_velocity', 'conclude', 'carry_out', 'register', 'carry', 'read_values', 'apply_points', 'apply']
 
 # %% ../../nbs/48_registration.register.ipynb #81bd1d90
 from collections.abc import Callable, Mapping, Sequence
@@ -303,6 +303,22 @@ def conclude(
     return result
 
 # %% ../../nbs/48_registration.register.ipynb #25996842
+def carry_out(
+    settings: RegisterSettings,
+    on_step: Callable[[Step], None] | None = None,  # called after every step of the optimiser
+) -> Registration:
+    "A registration from its settings to its result."
+    trained = load_network(settings.weights, choose_device(settings.device)) if settings.method == "network" else None
+    prepared, notices = prepare(settings), ()
+    found = find_velocity(settings, prepared, trained, on_step)
+    transform = make_transform(found.velocity, found.grid, prepared.start.rigid)
+    prepared.clock.lap("optimise")
+    if settings.rigidify:
+        transform, _, notices = rigid_in_bone(transform, prepared.scene.labels, prepared.grid)
+        prepared.clock.lap("rigidify")
+    return conclude(prepared, transform, found.history, settings.as_dict(), settings.out_dir, found.stopped, notices)
+
+# %% ../../nbs/48_registration.register.ipynb #3dbaee61
 @frees_memory
 def register(
     fixed: str | Path,  # the image that stays, usually MR (NIfTI)
@@ -343,16 +359,7 @@ def register(
         weight_diffusion=weight_diffusion, weight_oc=weight_oc, weight_pc=weight_pc, weight_rd=weight_rd, weight_rf=weight_rf,
         rigidify=rigidify,
     )
-    trained = load_network(weights, choose_device(device)) if method == "network" else None
-    prepared = prepare(settings)
-    found = find_velocity(settings, prepared, trained, on_step)
-    transform = make_transform(found.velocity, found.grid, prepared.start.rigid)
-    prepared.clock.lap("optimise")
-    notices = ()
-    if rigidify:
-        transform, _, notices = rigid_in_bone(transform, prepared.scene.labels, prepared.grid)
-        prepared.clock.lap("rigidify")
-    return conclude(prepared, transform, found.history, settings.as_dict(), out_dir, found.stopped, notices)
+    return carry_out(settings, on_step)
 
 # %% ../../nbs/48_registration.register.ipynb #e73047e1
 def carry(

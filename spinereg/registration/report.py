@@ -121,7 +121,7 @@ class Figures:
     rigidity: RigidityMeans | None = None  # None where no vertebra is in view
     seen_percent: Mapping[str, float]  # how much of each moving vertebra is in view
 
-
+# %% ../../nbs/45_registration.report.ipynb #d9ecb942
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Metrics(Figures):
     "Everything that is known about a registration: what was measured, and how it came about."

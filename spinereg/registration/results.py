@@ -29,16 +29,7 @@ from ..losses.bone import bone_voxels, rigid_motions
 from ..losses.penalties import rd
 from ..losses.similarity import LNCC
 from ..measure.metrics import MeanAgreement, diffeomorphism, label_agreement, landmark_errors, regularity, round_trip
-from spinereg.measure.motion import (
-    Contact,
-    Rigidity,
-    bone_contacts,
-    neighbour_motions,
-    pose,
-    vertebra_axes,
-    vertebra_rigidity,
-    world_motions,
-)
+from ..measure.motion import Contact, Rigidity, bone_contacts, neighbour_motions, pose, vertebra_axes, vertebra_rigidity, world_motions
 from ..measure.pictures import Overview, Picture, draw_overview
 from ..measure.snapshot import make_view
 from .prealign import RigidStart
@@ -130,7 +121,7 @@ def released_percent(
     count = torch.bincount(number, minlength=len(labels.names) + 1)[1:]
     return (100 * torch.bincount(number, free.double(), minlength=len(labels.names) + 1)[1:] / count.clamp_min(1)).cpu().numpy()
 
-
+# %% ../../nbs/46_registration.results.ipynb #0da2a286
 class BoneFigures(NamedTuple):
     "What was measured of the vertebrae."
 
