@@ -160,7 +160,7 @@ def test_the_phantom_without_an_appearance_is_what_it_was():
     slab, person = crop_grid(mr_grid, [30, 0, 60], [33, 96, 100]), build_anatomy(truth.vertebrae, 0)
     (t1, t2), label = plain_mr(person, slab, truth, 0, 1.0)
     mask = np.asarray(nib.load(folder / "mr_mask.nii.gz").dataobj)[30:33, :, 60:100]
-    assert np.array_equal(verse_values(truth.vertebrae)[label], mask)
+    assert np.array_equal(verse_values([v.name for v in truth.vertebrae])[label], mask)
     before, _ = render(person, slab, ("t1", "t2"), truth)
     assert np.array_equal(t1, mr_scan(before[0], slab, 0, 0.02, 0.1)) and np.array_equal(t2, mr_scan(before[1], slab, 1000, 0.02, 0.1))
 

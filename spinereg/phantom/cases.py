@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['DIFFICULTIES', 'BODY_MARKS', 'SOFT_MARKS', 'Demands', 'scanner_grids', 'within', 'presence', 'bone_landmarks',
-           'in_view', 'place_bone_landmarks', 'start_and_rigid_mm', 'soft_landmarks', 'case_landmarks', 'draw_motion',
-           'draw_truth', 'PhantomCase', 'verse_values', 'plain_mr', 'drawn_mr', 'make_case', 'draw_case', 'truth_table',
-           'write_volume', 'write_case', 'write_samples', 'case_facts']
+           'in_view', 'place_bone_landmarks', 'start_and_rigid_mm', 'soft_landmarks', 'join_landmarks',
+           'case_landmarks', 'draw_motion', 'draw_truth', 'KnownCase', 'PhantomCase', 'verse_values', 'plain_mr',
+           'drawn_mr', 'make_case', 'draw_case', 'truth_table', 'write_volume', 'write_case', 'write_samples',
+           'case_facts']
 
 # %% ../../nbs/84_phantom.cases.ipynb #59dcc12f
 import gzip
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -182,6 +183,14 @@ def soft_landmarks(
     return marks
 
 # %% ../../nbs/84_phantom.cases.ipynb #0301a7ca
+def join_landmarks(
+    first: Landmarks,
+    second: Landmarks,
+) -> Landmarks:
+    "Two sets of landmarks, one after the other."
+    return Landmarks(first.names + second.names, first.vertebra + second.vertebra, *(torch.cat(pair) for pair in zip(first[2:], second[2:])))
+
+
 def case_landmarks(
     truth: Truth,
     bone: Landmarks,
@@ -192,8 +201,7 @@ def case_landmarks(
     named = soft_landmarks(truth.vertebrae)
     moving = torch.as_tensor(np.array(list(named.values())))
     soft = in_view(Landmarks(tuple(named), ("",) * len(named), inverse_map(truth, moving), moving), ct_grid, mr_grid)
-    both = [torch.cat(pair) for pair in zip(bone[2:], soft[2:])]
-    return Landmarks(bone.names + soft.names, bone.vertebra + soft.vertebra, *both)
+    return join_landmarks(bone, soft)
 
 # %% ../../nbs/84_phantom.cases.ipynb #b12ad4f1
 def draw_motion(
@@ -243,34 +251,40 @@ def draw_truth(
     raise ValueError(f"no {difficulty} motion found for seed {seed}; try another seed")
 
 # %% ../../nbs/84_phantom.cases.ipynb #c0669fc5
-@dataclass(frozen=True, eq=False)
-class PhantomCase:
-    "A pair of images with all there is to know about it; arrays in the axis order of their grids."
+@dataclass(frozen=True, eq=False, kw_only=True)
+class KnownCase:
+    "One person in a CT and in an MR of another posture, and what is known of both; arrays in the axis order of their grids."
 
-    difficulty: str
     seed: int
-    truth: Truth
     ct: np.ndarray  # (i, j, k) int16, HU
     ct_mask: np.ndarray  # (i, j, k) uint8, VerSe numbers
     ct_grid: Grid
-    mr_t1: np.ndarray  # (i, j, k) uint16
-    mr_t2: np.ndarray  # (i, j, k) uint16
     mr_mask: np.ndarray  # (i, j, k) uint8, VerSe numbers
     mr_grid: Grid
-    in_ct: tuple[str, ...]  # per vertebra "whole", "cut" or "absent"
-    in_mr: tuple[str, ...]  # likewise
     landmarks: Landmarks
     start_mm: float  # mean distance of bone landmarks from their places before registration
     rigid_mm: float  # after the best rigid motion of the whole
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PhantomCase(KnownCase):
+    "A drawn person."
+
+    difficulty: str
+    truth: Truth
+    mr_t1: np.ndarray  # (i, j, k) uint16
+    mr_t2: np.ndarray  # (i, j, k) uint16
+    in_ct: tuple[str, ...]  # per vertebra "whole", "cut" or "absent"
+    in_mr: tuple[str, ...]  # likewise
     appearance: Appearance | None = None  # of the MR; then both of its images are the same one, in this contrast
 
 
 def verse_values(
-    vertebrae: tuple[Vertebra, ...],
+    names: Sequence[str],
 ) -> np.ndarray:  # (n + 1,) uint8, value of the background first
-    "The number of every vertebra in the VerSe scheme."
+    "The numbers of vertebrae in the VerSe scheme."
     value = {name: value for value, name in SCHEMES["verse"].items()}
-    return np.array([0] + [value[v.name] for v in vertebrae], np.uint8)
+    return np.array([0] + [value[name] for name in names], np.uint8)
 
 # %% ../../nbs/84_phantom.cases.ipynb #x0000044
 def plain_mr(
@@ -310,7 +324,7 @@ def make_case(
 ) -> PhantomCase:
     "Draw a person and a motion, and put the person into both scanners."
     truth, ct_grid, mr_grid, solids = draw_truth(difficulty, seed, appearance)
-    contrast, values = DIFFICULTIES[difficulty].contrast, verse_values(truth.vertebrae)
+    contrast, values = DIFFICULTIES[difficulty].contrast, verse_values([v.name for v in truth.vertebrae])
     anatomy = build_anatomy(truth.vertebrae, seed, contrast)
     ct, ct_label = render(anatomy, ct_grid, ("ct",))
     poor = (2.0 - contrast) ** 2
@@ -322,7 +336,10 @@ def make_case(
     marks = case_landmarks(truth, bone, ct_grid, mr_grid)
     ct, ct_mask, mr_mask = ct_scan(ct, seed, 16.0 * poor), values[ct_label], values[mr_label]
     start_mm, rigid_mm = start_and_rigid_mm(bone)
-    return PhantomCase(difficulty, seed, truth, ct, ct_mask, ct_grid, t1, t2, mr_mask, mr_grid, in_ct, in_mr, marks, start_mm, rigid_mm, appearance)
+    return PhantomCase(
+        seed=seed, ct=ct, ct_mask=ct_mask, ct_grid=ct_grid, mr_mask=mr_mask, mr_grid=mr_grid, landmarks=marks, start_mm=start_mm, rigid_mm=rigid_mm,
+        difficulty=difficulty, truth=truth, mr_t1=t1, mr_t2=t2, in_ct=in_ct, in_mr=in_mr, appearance=appearance,
+    )  # fmt: skip
 
 # %% ../../nbs/84_phantom.cases.ipynb #33aeed40
 def draw_case(
@@ -346,7 +363,7 @@ def draw_case(
 # %% ../../nbs/84_phantom.cases.ipynb #909e343e
 def truth_table(case: PhantomCase) -> dict:
     "The content of `truth.json`."
-    numbers = verse_values(case.truth.vertebrae)[1:].tolist()
+    numbers = verse_values([v.name for v in case.truth.vertebrae])[1:].tolist()
     rows = zip(case.truth.vertebrae, numbers, case.truth.matrices, case.in_mr, case.in_ct)
     return {
         "schema_version": 1,

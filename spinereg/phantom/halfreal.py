@@ -34,7 +34,7 @@ from ..files.volumes import read_image, read_labels
 from ..measure.pictures import SAGITTAL, Picture, show_outlines, show_slice
 from .appearance import Appearance, acquire, appearance_grid, draw_appearance
 from .bending import Bend, Column, bend_column, bend_labels, draw_joints, find_column, joint_rotations, released_percent
-from .cases import in_view, start_and_rigid_mm, within, write_volume
+from .cases import KnownCase, in_view, join_landmarks, start_and_rigid_mm, verse_values, within, write_volume
 from .classes import canal_table, classify, make_scene
 from ..space.fields import determinant, jacobian
 from ..space.geometry import Grid, crop_grid, to_ras, transform_points
@@ -180,24 +180,15 @@ def soft_marks(
     return in_view(both, spine.grid, mr_grid)
 
 # %% ../../nbs/87_phantom.halfreal.ipynb #6777102a
-@dataclass(frozen=True, eq=False)
-class HalfReal:
-    "A part of a real CT, an MR painted from it in another posture, and the truth; arrays in the axis order of their grids."
+@dataclass(frozen=True, eq=False, kw_only=True)
+class HalfReal(KnownCase):
+    "A part of a real CT, an MR painted from it in another posture, and the truth."
 
     names: tuple[str, ...]  # from the top down
     appearance: Appearance
     bend: Bend
-    ct: np.ndarray  # (i, j, k) int16, HU
-    ct_mask: np.ndarray  # (i, j, k) uint8, VerSe numbers
-    ct_grid: Grid
     mr: np.ndarray  # (i, j, k) uint16
-    mr_mask: np.ndarray  # (i, j, k) uint8, VerSe numbers
-    mr_grid: Grid
-    landmarks: Landmarks
-    start_mm: float  # mean distance of bone landmarks from their places before registration
-    rigid_mm: float  # after the best rigid motion of the whole
     source: str  # name of the CT's file
-    seed: int
 
 # %% ../../nbs/87_phantom.halfreal.ipynb #4e5f7d2d
 def folded(
@@ -275,15 +266,13 @@ def make_halfreal(
         moved = bend.map(points)
         return tissues.at(moved), moved
 
-    bone = bone_marks(part, bend, mr_grid)
-    soft = soft_marks(part, bend, mr_grid, canal, rng)
-    marks = Landmarks(bone.names + soft.names, bone.vertebra + soft.vertebra, *(torch.cat(pair) for pair in zip(bone[2:], soft[2:])))
-    value = {name: number for number, name in SCHEMES["verse"].items()}
-    values = np.array([0] + [value[name] for name in part.names], np.uint8)
-    mask = values[bent_labels(part, bend, mr_grid)]
+    bone, values = bone_marks(part, bend, mr_grid), verse_values(part.names)
+    marks = join_landmarks(bone, soft_marks(part, bend, mr_grid, canal, rng))
+    hu, (start_mm, rigid_mm) = np.round(part.hu.numpy()).astype(np.int16), start_and_rigid_mm(bone)
     return HalfReal(
-        part.names, appearance, bend, np.round(part.hu.numpy()).astype(np.int16), values[part.labels.numpy()], part.grid,
-        acquire(person, mr_grid, appearance), mask, mr_grid, marks, *start_and_rigid_mm(bone), spine.source, seed,
+        seed=seed, ct=hu, ct_mask=values[part.labels.numpy()], ct_grid=part.grid, mr_mask=values[bent_labels(part, bend, mr_grid)],
+        mr_grid=mr_grid, landmarks=marks, start_mm=start_mm, rigid_mm=rigid_mm, names=part.names, appearance=appearance, bend=bend,
+        mr=acquire(person, mr_grid, appearance), source=spine.source,
     )  # fmt: skip
 
 # %% ../../nbs/87_phantom.halfreal.ipynb #98c85934
