@@ -19,10 +19,10 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from .spine import rotation_about
-from ..space.fields import integrate, resample_field, warp
+from ..space.fields import integrate, resample_field, smooth_step, warp
 from ..space.geometry import Grid, crop_grid, inside, respace_grid, sample_index, transform_points
 from ..space.images import blur
-from ..space.polyrigid import DistanceMap, Released, distance_map, fine_labels, release
+from ..space.polyrigid import DistanceMap, Released, box_around, distance_map, fine_labels, release
 
 # %% ../../nbs/85_phantom.bending.ipynb #dffc1dc9
 def vertebral_body(
@@ -131,12 +131,8 @@ def bone_nodes(
     "The displacement where bone decides, and how far bone is."
     disp, nearest, second = torch.zeros(3, *grid.shape), torch.full(grid.shape, 15.0), torch.full(grid.shape, 15.0)
     for bone, pose in zip(maps, poses):
-        corners = transform_points(np.linalg.inv(grid.affine) @ torch.linalg.inv(pose).numpy(), torch.as_tensor(bone.grid.corners_mm())).numpy()
-        low, high = (np.clip(ends, 0, grid.shape).astype(int) for ends in (np.floor(corners.min(0)), np.ceil(corners.max(0)) + 1))
-        if (high <= low).any():
-            continue
-        box = tuple(slice(a, b) for a, b in zip(low, high))
-        x = crop_grid(grid, low, high).points_mm(torch.zeros(1, dtype=torch.float64))
+        box, block = box_around(bone, pose, grid)
+        x = block.points_mm(torch.zeros(1, dtype=torch.float64))
         distance = bone.at(x.reshape(-1, 3).float(), pose.float()).reshape(x.shape[:3])
         mine = distance < nearest[box]
         second[box] = torch.where(mine, nearest[box], torch.minimum(second[box], distance))
@@ -189,11 +185,9 @@ def random_push(
     "A random smooth deformation of soft tissue that leaves bone alone."
     coarse = respace_grid(crop_grid(grid, [-2] * 3, np.array(grid.shape) + 2), 4 * grid.spacing_mm)
     noise = torch.from_numpy(rng.standard_normal((1, 3, *coarse.shape))).float()
-    s = ((resample_field(distance[None, None], grid, coarse) - 4) / 9).clamp(0, 1)
-    v = blur(noise, tuple(float(width_mm / n) for n in coarse.spacing_mm)) * s * s * (3 - 2 * s)
+    v = blur(noise, tuple(float(width_mm / n) for n in coarse.spacing_mm)) * smooth_step((resample_field(distance[None, None], grid, coarse) - 4) / 9)
     v = v * push_mm / v.norm(dim=1).max()
-    s = ((distance - 3) / 4).clamp(0, 1)
-    return resample_field(integrate(v, coarse), coarse, grid) * s * s * (3 - 2 * s)
+    return resample_field(integrate(v, coarse), coarse, grid) * smooth_step((distance - 3) / 4)
 
 # %% ../../nbs/85_phantom.bending.ipynb #4265ad98
 @dataclass(frozen=True, eq=False)
