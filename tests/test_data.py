@@ -99,7 +99,7 @@ def test_empty_split_says_what_was_looked_for_and_what_is_there(tmp_path, quick_
         (tmp_path / "val" / name).mkdir(parents=True) if name != "readme" else (tmp_path / "val" / name).touch()
     table = quick_check(tmp_path)
     (val,) = [row for row in problems(table) if row[0] == "val"]
-    assert f"{tmp_path / 'val'}{os.sep}<case>/{{ct,mr_t1}}.nii.gz or .nii".replace(os.sep, "/") in val[3].replace(os.sep, "/")
+    assert f"{tmp_path / 'val'}{os.sep}<case>/{{ct,mr_t1 or mr}}.nii.gz or .nii".replace(os.sep, "/") in val[3].replace(os.sep, "/")
     assert "holds 3 entries: notes, old, readme" in val[3]
     (test,) = [row for row in problems(table) if row[0] == "test"]
     assert f"{tmp_path} holds 2 entries: train, val" in test[3]
@@ -129,6 +129,15 @@ def test_cases_are_paired_by_their_folder_and_what_is_unpaired_is_listed(tmp_pat
         ("problem", "train", "case", "d_ct.nii.gz"),
     ]
     assert "holds 3 entries: ct.nii.gz, ct_mask.nii.gz, mr_mask.nii.gz" in findings[0].reason
+
+
+def test_the_fixed_image_may_be_called_mr_as_half_real_cases_call_it(tmp_path):
+    folder = draw(tmp_path / "train" / "a")
+    (folder / "mr_t1.nii.gz").rename(folder / "mr.nii.gz")
+    assert Path(case_of(folder).fixed).name == "mr.nii.gz"
+    shutil.copy(folder / "mr.nii.gz", folder / "mr_t1.nii.gz")
+    case, (finding,) = find_case(folder)
+    assert Path(case.fixed).name == "mr_t1.nii.gz" and finding.file == "mr.nii.gz" and "mr_t1.nii.gz too" in finding.reason
 
 
 def test_plain_nii_is_as_good_and_names_that_are_not_known_are_mentioned(tmp_path):

@@ -36,7 +36,12 @@ from ..space.fields import warp_labels
 from ..space.geometry import Grid
 
 # %% ../../nbs/50_learning.cases.ipynb #e4786b44
-FILES = {"fixed": "mr_t1", "moving": "ct", "moving_labels": "ct_mask", "fixed_labels": "mr_mask"}  # parameter of `register` -> name of its file
+FILES = {  # parameter of `register` -> names its file may have, the first that is there being taken
+    "fixed": ("mr_t1", "mr"),
+    "moving": ("ct",),
+    "moving_labels": ("ct_mask",),
+    "fixed_labels": ("mr_mask",),
+}
 
 
 @dataclass(frozen=True)
@@ -75,14 +80,14 @@ def find_file(
     key: str,  # of `FILES`
 ) -> tuple[str | None, list[Finding]]:  # None where there is none
     "One of a case's files."
-    at, stem, held = f"{folder.parent.name}/{folder.name}", FILES[key], sorted(path.name for path in folder.glob("[!.]*"))
-    found = [name for name in (f"{stem}.nii", f"{stem}.nii.gz") if name in held]
-    if len(found) == 2:
-        return str(folder / found[1]), [Finding("notice", at, found[0], key, f"there is {found[1]} too, which is taken", "Remove one of them.")]
+    at, held = f"{folder.parent.name}/{folder.name}", sorted(path.name for path in folder.glob("[!.]*"))
+    names = [stem + ending for stem in FILES[key] for ending in (".nii.gz", ".nii")]
+    found = [name for name in names if name in held]
     if found or key not in ("fixed", "moving"):
-        return str(folder / found[0]) if found else None, []
-    reason = f"there is no {stem}.nii.gz or {stem}.nii; the folder holds {len(held)} entries: {', '.join(held[:3])}"
-    return None, [Finding("problem", at, f"{stem}.nii.gz", key, reason, "Add or rename the file, or remove the folder.")]
+        spare = [Finding("notice", at, name, key, f"there is {found[0]} too, which is taken", "Remove one of them.") for name in found[1:]]
+        return str(folder / found[0]) if found else None, spare
+    reason = f"there is no {' or '.join(names)}; the folder holds {len(held)} entries: {', '.join(held[:3])}"
+    return None, [Finding("problem", at, names[0], key, reason, "Add or rename the file, or remove the folder.")]
 
 # %% ../../nbs/50_learning.cases.ipynb #136d8666
 def find_case(
@@ -91,9 +96,10 @@ def find_case(
     "The files of one case's folder."
     found = {key: find_file(folder, key) for key in FILES}
     paths, findings = {key: path for key, (path, _) in found.items()}, [finding for _, said in found.values() for finding in said]
-    reason, fix = f"it is not used, as its name is none of {', '.join(FILES.values())}", "Rename it if it is one of these."
+    known = [stem for stems in FILES.values() for stem in stems]
+    reason, fix = f"it is not used, as its name is none of {', '.join(known)}", "Rename it if it is one of these."
     for name in sorted(path.name for path in folder.glob("[!.]*.nii*")):
-        if name.endswith((".nii", ".nii.gz")) and name.partition(".nii")[0] not in FILES.values():
+        if name.endswith((".nii", ".nii.gz")) and name.partition(".nii")[0] not in known:
             findings.append(Finding("notice", f"{folder.parent.name}/{folder.name}", name, "case", reason, fix))
     marks = str(folder / "landmarks.csv") if (folder / "landmarks.csv").exists() else None
     whole = paths["fixed"] and paths["moving"]
@@ -119,7 +125,7 @@ def _no_case(folder: Path) -> Finding:
     looked = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
     held = sorted(path.name for path in looked.iterdir())
     there = f"{looked} holds {len(held)} entries" + (f": {', '.join(held[:3])}" if held else "")
-    reason = f"no case found as {folder}/<case>/{{ct,mr_t1}}.nii.gz or .nii; {there}"
+    reason = f"no case found as {folder}/<case>/{{ct,mr_t1 or mr}}.nii.gz or .nii; {there}"
     return Finding("problem", folder.name, str(folder), "data_dir", reason, "Give the folder that holds train, val and test.")
 
 # %% ../../nbs/50_learning.cases.ipynb #4647b170

@@ -215,6 +215,9 @@ def say_vertebrae(metrics: Metrics) -> list[str]:
     if metrics.rigidity:
         rms, change = metrics.rigidity.residual_rms_max_mm, metrics.rigidity.volume_change_max_percent
         words.append(f"Each of them is rigid to {rms:.2f} mm (worst RMS), its volume kept to {change:.1f} % (the worst, larger or smaller).")
+        if "released_percent" in table and table.released_percent.max() >= 0.05:
+            name, most, off = table.released_percent.idxmax(), table.released_percent.max(), table.whole_residual_max_mm.max()
+            words.append(f"That is without bone let go where vertebrae touch: up to {most:.1f} % of one ({name}), up to {off:.1f} mm from rigid.")
     else:
         words.append("Rigidity is off: no labels in view.")
     slivers = [f"{name} ({seen:.0f} % in view)" for name, seen in metrics.seen_percent.items() if name not in table.index]

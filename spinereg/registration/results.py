@@ -25,7 +25,7 @@ from ..files.pairs import Pair
 from ..files.problems import write_together
 from ..files.transforms import FLIP, SpineTransform, write_motions, write_transform
 from ..files.volumes import Labels, renumber, write_labels
-from ..losses.bone import bone_voxels, rigid_motions
+from ..losses.bone import bone_voxels, rigid_motions, rigid_residual_mm
 from ..losses.penalties import rd
 from ..losses.similarity import LNCC
 from ..measure.metrics import MeanAgreement, diffeomorphism, label_agreement, landmark_errors, regularity, round_trip
@@ -157,7 +157,11 @@ def measure_bones(
     kept = renumber(moving.data, names, shown)
     contacts = bone_contacts(kept, moving.grid, np.array(list(motions.values())), shown)
     bone = bone_voxels(renumber(labels, names, shown)[None] * (fraction > 0.5), len(shown), minimum=0)
-    overlap = rd(disp, grid, bone, rigid_motions(disp, grid, bone), kept[None], moving.grid, scene.rigid)
+    whole = rigid_motions(disp, grid, bone)
+    if bones is not None:
+        residual = rigid_residual_mm(disp, grid, bone, whole)
+        vertebrae["whole_residual_max_mm"] = residual.new_zeros(len(shown)).scatter_reduce(0, bone.vertebra, residual, "amax").cpu().numpy()
+    overlap = rd(disp, grid, bone, whole, kept[None], moving.grid, scene.rigid)
     return BoneFigures(vertebrae, motions, seen, tuple(contacts), rigidity_means(vertebrae, 1 - overlap.item()))
 
 # %% ../../nbs/46_registration.results.ipynb #26212d35

@@ -6,7 +6,7 @@
 __all__ = ['DistanceMap', 'distance_map', 'closeness_weights', 'Bones', 'Polyrigid', 'follow', 'box_around', 'near_bone',
            'hold_bone', 'flow_on', 'rest_at_bone', 'fine_labels', 'Released', 'release']
 
-# %% ../../nbs/04_space.polyrigid.ipynb #68454e79
+# %% ../../nbs/04_space.polyrigid.ipynb #dc51feba
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from .fields import along_axes, resample_field, smooth_step
 from .geometry import Grid, crop_grid, inside, respace_grid, sample_index, transform_points
 from .rigid import matrix_twist, twist_matrix
 
-# %% ../../nbs/04_space.polyrigid.ipynb #135f7885
+# %% ../../nbs/04_space.polyrigid.ipynb #b2e30649
 class DistanceMap(NamedTuple):
     "How far points are from a bone, in the world in which the bone is labelled."
 
@@ -66,7 +66,7 @@ def distance_map(
     values = torch.from_numpy(outside - within + np.where(own, 0.5, -0.5) * grid.spacing_mm.min())
     return DistanceMap(values.to(bone.device, dtype)[None, None], crop_grid(grid, low, high))
 
-# %% ../../nbs/04_space.polyrigid.ipynb #8ab297b6
+# %% ../../nbs/04_space.polyrigid.ipynb #96c3998b
 def closeness_weights(
     distances: Float[Tensor, "n p"],  # mm, to every bone
     leak_mm: float,  # up to this distance a bone decides alone
@@ -83,7 +83,7 @@ def closeness_weights(
     share = torch.where(apart > least, least / apart.clamp_min(1e-12), 1.0) ** power
     return share / (share.sum(0) + (least / reach_mm) ** power)
 
-# %% ../../nbs/04_space.polyrigid.ipynb #f472db4a
+# %% ../../nbs/04_space.polyrigid.ipynb #ea65424f
 @dataclass(frozen=True, eq=False)
 class Bones:
     "Bones, and where each of them goes."
@@ -108,14 +108,14 @@ class Bones:
         motion = (torch.linalg.inv(motion) if backward else motion)[number - 1].to(points)
         return (motion[:, :3, :3] @ points[..., None])[..., 0] + motion[:, :3, 3]
 
-# %% ../../nbs/04_space.polyrigid.ipynb #483abdfe
+# %% ../../nbs/04_space.polyrigid.ipynb #2c7788ca
 @dataclass(frozen=True, eq=False)
 class Polyrigid(Bones):
     "A map from the fixed to the moving world that is a rigid motion in every bone."
 
     margin_mm: float = 0.0  # how far around each bone its motion goes on, where no other bone is near
     share: float = 1 / 3  # of the way to the next bone that it goes on at most
-    steps: int = 4  # of the integration
+    steps: int = 3  # of the integration
 
     @cached_property
     def leak_mm(self) -> float:
@@ -155,7 +155,7 @@ class Polyrigid(Bones):
     def inverse_points(self, moving_mm: Float[Tensor, "p 3"]) -> Float[Tensor, "p 3"]:  # moving -> fixed world
         return self.through(transform_points(torch.linalg.inv(self.background), moving_mm), backward=True)
 
-# %% ../../nbs/04_space.polyrigid.ipynb #fe92c760
+# %% ../../nbs/04_space.polyrigid.ipynb #fa120c2d
 def follow(
     poly: Polyrigid,
     points: Float[Tensor, "p 3"],
@@ -193,7 +193,7 @@ def near_bone(
         number[box][bone.holds(x, there).reshape(block.shape)] = k
     return apart, number
 
-# %% ../../nbs/04_space.polyrigid.ipynb #418ee35b
+# %% ../../nbs/04_space.polyrigid.ipynb #e2d1bfef
 def hold_bone(
     poly: Polyrigid,
     disp: Float[Tensor, "1 3 i j k"],  # mm along the axes of `grid`
@@ -226,7 +226,7 @@ def flow_on(
     disp[0][:, close] += smooth_step(2 - 2 * apart[close] / near_mm) * (to_axes.to(x) @ follow(poly, x, backward).T - disp[0][:, close])
     return hold_bone(poly, disp, grid, number, backward)
 
-# %% ../../nbs/04_space.polyrigid.ipynb #60835fbb
+# %% ../../nbs/04_space.polyrigid.ipynb #aa411566
 def rest_at_bone(
     apart: Float[Tensor, "i j k"],  # mm to the nearest bone, from `near_bone`
     grid: Grid,  # of it
@@ -235,7 +235,7 @@ def rest_at_bone(
     "The share of a deformation that is left near bone."
     return smooth_step((apart - np.linalg.norm(grid.spacing_mm)) / fade_mm)[None, None]
 
-# %% ../../nbs/04_space.polyrigid.ipynb #05c6c661
+# %% ../../nbs/04_space.polyrigid.ipynb #9155271e
 def fine_labels(
     labels: Int[Tensor, "i j k"],  # of the moving image, 1 ... n
     grid: Grid,
@@ -250,7 +250,7 @@ def fine_labels(
         fine = fine.repeat_interleave(int(n), axis)
     return fine, respace_grid(box, grid.spacing_mm / parts)
 
-# %% ../../nbs/04_space.polyrigid.ipynb #daed6567
+# %% ../../nbs/04_space.polyrigid.ipynb #849d5d88
 class Released(NamedTuple):
     "Bone that is not kept rigid because it touches another one."
 
