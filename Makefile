@@ -54,7 +54,7 @@ run: $(VENV)/.run
 	@test -n "$(CASE)" || { echo "no case in data_samples/test: make samples writes them, make run CASE=folder takes another"; exit 1; }
 	@mkdir -p $(OUT)
 	$(BIN)/papermill --kernel python3 nbs/apps/register.ipynb $(OUT)/register.ipynb \
-		-p fixed $(CASE)/mr_t1.nii.gz -p moving $(CASE)/ct.nii.gz \
+		-p fixed $(firstword $(wildcard $(CASE)/mr_t1.nii.gz $(CASE)/mr.nii.gz) $(CASE)/mr_t1.nii.gz) -p moving $(CASE)/ct.nii.gz \
 		$(call given,moving_labels,ct_mask.nii.gz) $(call given,fixed_labels,mr_mask.nii.gz) $(call given,landmarks,landmarks.csv) \
 		-p out_dir $(OUT) $(ARGS)
 	@$(BIN)/python -c "$$TABLE" $(OUT)

@@ -58,10 +58,11 @@ OTHER = {  # scheme -> values that it defines and that are no vertebra
 
 # %% ../../nbs/11_files.labels.ipynb #02100db3
 def own_scheme(
-    scheme: Mapping,  # {value: vertebra, or None to drop}
+    scheme: Mapping,  # {value: vertebra, or None to drop}; a value may be text, as papermill hands it over
     file: InputFile,  # what to name in an error
 ) -> tuple[dict[int, str], set[int]]:  # {value: vertebra}, and the values to drop
     "A user's own scheme, checked."
+    scheme = {int(value) if isinstance(value, str) and value.isdecimal() else value: name for value, name in scheme.items()}
     wrong = [f"{value!r}: {name!r}" for value, name in scheme.items() if not isinstance(value, int) or name not in (*VERTEBRAE, None)]
     if wrong:
         fix = f"Write {{value: vertebra}} with whole numbers and the names {', '.join(VERTEBRAE)}, or None to drop a value."
@@ -79,12 +80,14 @@ def spider_table(
 
 # %% ../../nbs/11_files.labels.ipynb #e88b62d1
 def scheme_table(
-    scheme: str | Mapping,  # name of a scheme, or one's own {value: vertebra, or None to drop}
+    scheme: str | Mapping,  # name of a scheme, one's own {value: vertebra, or None to drop}, or changes of a named one, {"like": name, value: ...}
     file: InputFile,  # what to name in an error
 ) -> tuple[dict[int, str], set[int]]:  # {value: vertebra}, and the values known to be something else
     "What the values of a scheme mean."
     if isinstance(scheme, Mapping):
-        return own_scheme(scheme, file)
+        like = scheme_table(scheme["like"], file) if "like" in scheme else ({}, set())
+        table, other = own_scheme({value: name for value, name in scheme.items() if value != "like"}, file)
+        return {value: name for value, name in like[0].items() if value not in other} | table, (like[1] - set(table)) | other
     family, _, lowest = scheme.partition(":")
     if family == "spider" and lowest in (*PRESACRAL, "L6"):
         return spider_table(lowest)
@@ -118,7 +121,8 @@ def vertebra_values(
         listed = ", ".join(f"{value} ({values[value]} voxels)" for value in unknown[:8]) + (" ..." if len(unknown) > 8 else "")
         fits = ", ".join(fitting_schemes(values))
         known = f"All values are known to: {fits}" if fits else "No built-in scheme knows them all"
-        fix = f"{known}; name the file's scheme, or give a dict {{value: vertebra, or None to drop}}."
+        fix = f"{known}; name the file's scheme, or give a dict: {{value: vertebra, or None to drop}}"
+        fix += f", or {{'like': {scheme!r}, {unknown[0]}: None, ...}} to add to this one." if isinstance(scheme, str) else "."
         raise file.error(f"unknown label values for scheme {scheme!r}: {listed}", fix)
     dropped = sorted(set(values) & other)
     if dropped:

