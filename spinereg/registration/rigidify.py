@@ -6,7 +6,7 @@
 __all__ = ['BonePoses', 'bone_poses', 'release_notices', 'storage_grid', 'vanish_at_faces', 'RigidField', 'rigid_in_bone',
            'rigidify']
 
-# %% ../../nbs/47_registration.rigidify.ipynb #f4a7dc1c
+# %% ../../nbs/47_registration.rigidify.ipynb #e094e098
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +28,7 @@ from ..space.fields import compose, invert, smooth_step, warp_labels
 from ..space.geometry import Grid, crop_grid, respace_grid, transform_points
 from ..space.polyrigid import DistanceMap, Polyrigid, Released, distance_map, fine_labels, flow_on, near_bone, release, rest_at_bone
 
-# %% ../../nbs/47_registration.rigidify.ipynb #2e6b56de
+# %% ../../nbs/47_registration.rigidify.ipynb #a8a5fa88
 class BonePoses(NamedTuple):
     "Where a field takes the vertebrae of a label map."
 
@@ -58,7 +58,7 @@ def bone_poses(
     most = residual.new_zeros(n).scatter_reduce(0, bone.vertebra.cpu(), residual, "amax")
     return BonePoses(names, poses[enough], tuple(name for name in labels.names if name not in names), most[enough])
 
-# %% ../../nbs/47_registration.rigidify.ipynb #fcfa2aa0
+# %% ../../nbs/47_registration.rigidify.ipynb #f92e8332
 def release_notices(
     found: Sequence[Released],
     labels: Labels,
@@ -77,7 +77,7 @@ def release_notices(
             lines.append(f"{names[a - 1]} and {names[b - 1]} {how} on the way; {percent[0]:.1f} % and {percent[1]:.1f} % of them are not kept rigid")
     return tuple(Notice("moving_labels", labels.native.path.name, line) for line in lines)
 
-# %% ../../nbs/47_registration.rigidify.ipynb #da1714be
+# %% ../../nbs/47_registration.rigidify.ipynb #981b264c
 def storage_grid(
     transform: SpineTransform,
     maps: Sequence[DistanceMap],  # of the bones, in the moving world
@@ -105,7 +105,7 @@ def vanish_at_faces(
         disp = disp * share.view([-1 if a == axis else 1 for a in range(3)])
     return disp
 
-# %% ../../nbs/47_registration.rigidify.ipynb #6435eb99
+# %% ../../nbs/47_registration.rigidify.ipynb #9341a85e
 class RigidField(NamedTuple):
     "A field that is exactly rigid in each vertebra."
 
@@ -139,7 +139,7 @@ def rigid_in_bone(
     notices = (Notice("moving_labels", labels.native.path.name, text) for text in said)
     return RigidField(found, dict(zip(names, poses.numpy())), (*notices, *release_notices(touching, labels, names)))
 
-# %% ../../nbs/47_registration.rigidify.ipynb #793ef444
+# %% ../../nbs/47_registration.rigidify.ipynb #4607a9bb
 def rigidify(
     transform: SpineTransform | str | Path | Sequence[str | Path],  # fixed -> moving: a transform.h5 of ours, or files in the order ANTs names them
     moving_labels: str | Path,  # vertebra label map of the moving image (NIfTI)
