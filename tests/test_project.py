@@ -159,8 +159,8 @@ BOOK = [path for path in NOTEBOOKS if re.match(r"\d", path.name)]
 
 @pytest.mark.parametrize("path", BOOK, ids=name_of)
 def test_notebook_is_named_after_its_floor_and_module(path):
-    """`43_registration.optimise.ipynb` defines `spinereg.registration.optimise`; the first digit is the floor, counted from the ground."""
-    number, floor, module = re.fullmatch(r"(\d\d)_(\w+)\.(\w+)", path.stem).groups()
+    """`43_registration.optimise.ipynb` defines `spinereg.registration.optimise`; the first digit is the floor; `41a` comes after `41`."""
+    number, floor, module = re.fullmatch(r"(\d\d[a-z]?)_(\w+)\.(\w+)", path.stem).groups()
     assert FLOORS.index(floor) == int(number[0])
     assert re.findall(r"#\| default_exp (\w+\.\w+)", path.read_text("utf-8")) == [f"{floor}.{module}"]
 
