@@ -9,7 +9,7 @@ __all__ = ['TURNS_DEG', 'REACH_MM', 'UNIT', 'MEASURES', 'SURE', 'SURE_GAP_MM', '
            'edge_agreement', 'shared_information', 'motion_about', 'climb', 'stand_out', 'Found', 'distinct', 'judge',
            'search']
 
-# %% ../../nbs/41a_registration.search.ipynb #82f8a75d
+# %% ../../nbs/41a_registration.search.ipynb #9a477382
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ from ..space.geometry import Grid, inside, respace_grid, sample_index, transform
 from ..space.images import blur, coarsen
 from ..space.rigid import rotation_angle_deg, twist_matrix
 
-# %% ../../nbs/41a_registration.search.ipynb #9f354628
+# %% ../../nbs/41a_registration.search.ipynb #f2fb5c1b
 def flatten(
     image: Float[Tensor, "i j k"],  # MR, 0 to 1
     grid: Grid,
@@ -42,7 +42,7 @@ def flatten(
     mean = sample_index(mean + floor * bright, voxel_index(grid, coarse, image)[None])[0, 0]
     return (image / (3 * mean)).clamp(0, 1) * (image > 0.03)
 
-# %% ../../nbs/41a_registration.search.ipynb #d2d70ea0
+# %% ../../nbs/41a_registration.search.ipynb #762e92fb
 def body_of(image: Float[Tensor, "1 1 i j k"]) -> Float[Tensor, "1 1 i j k"]:  # 1 where there is something
     "Where an image shows more than air."
     return (image > 0.05).to(image)
@@ -67,7 +67,7 @@ def edge_tensors(
     third, root = (x * x + y * y + z * z) / 3, 2**0.5
     return torch.stack([x * x - third, y * y - third, z * z - third, root * x * y, root * x * z, root * y * z], 1)
 
-# %% ../../nbs/41a_registration.search.ipynb #9feafd63
+# %% ../../nbs/41a_registration.search.ipynb #5e650153
 def weight_near_spine(
     image: Float[Tensor, "1 1 i j k"],  # moving image, 0 to 1
     grid: Grid,  # cubic voxels
@@ -83,7 +83,7 @@ def weight_near_spine(
         return (F.max_pool3d(image, 5, 1, 2) > 0.29).to(image) * body_of(image)  # 0.29: 180 HU
     return 1 - F.max_pool3d(1 - body_of(image), [2 * reach + 1] * 3, 1, reach)
 
-# %% ../../nbs/41a_registration.search.ipynb #ae673ef5
+# %% ../../nbs/41a_registration.search.ipynb #dc3159ca
 def shift_scores(
     fixed: Float[Tensor, "1 c i j k"],  # tensors, zero outside the image
     moving: Float[Tensor, "1 c x y z"],  # tensors times weight, on voxels of the same size
@@ -93,14 +93,14 @@ def shift_scores(
     f, m = (torch.fft.rfftn(x[0], s=shape, dim=(1, 2, 3)) for x in (fixed, moving))
     return torch.fft.irfftn((f * m.conj()).sum(0), s=shape) / moving.square().sum().sqrt().clamp_min(1e-12)
 
-# %% ../../nbs/41a_registration.search.ipynb #35f81e48
+# %% ../../nbs/41a_registration.search.ipynb #bf96f3fb
 def own_axes(grid: Grid) -> tuple[np.ndarray, Grid]:  # (4, 4) its axes; the grid along them
     "A grid as it is seen along its own axes."
     frame = np.eye(4)
     frame[:3, :3] = grid.axes
     return frame, Grid(grid.shape, np.linalg.inv(frame) @ grid.affine)
 
-# %% ../../nbs/41a_registration.search.ipynb #6a7dc5ce
+# %% ../../nbs/41a_registration.search.ipynb #ed1f1798
 class View(NamedTuple):
     "What is compared: the two images along their own axes, and where."
 
@@ -128,7 +128,7 @@ def turned_edges(
     read = sample_index(torch.cat([view.moving, view.weight], 1), index[None], outside="zeros")
     return edge_tensors(edges(read[:, :1])) * read[:, 1:], box
 
-# %% ../../nbs/41a_registration.search.ipynb #35138976
+# %% ../../nbs/41a_registration.search.ipynb #e9536ec1
 class Peaks(NamedTuple):
     "Where edges agree best."
 
@@ -153,7 +153,7 @@ def pick_peaks(
         left[tuple(slice(max(n - apart + 1, 0), n + apart) for n in at)] = -torch.inf
     return torch.tensor(np.array(found))
 
-# %% ../../nbs/41a_registration.search.ipynb #6a72f4b1
+# %% ../../nbs/41a_registration.search.ipynb #688d2629
 TURNS_DEG = tuple((lr, ap, si) for lr in range(-21, 22, 7) for ap, si in ((0, 0), (10, 0), (-10, 0), (0, 10), (0, -10)))
 REACH_MM = (42.0, 78.0, 78.0)  # right-left, front-back, up-down: how far the middle of what is compared may go to each side
 
@@ -193,7 +193,7 @@ def find_peaks(
         motion[:3, 3] = torch.from_numpy(middle) - motion[:3, :3] @ centre.cpu().double()
     return Peaks(motions, profile[tuple(places.T)], profile, tuple(s.numpy() * spacing_mm for s in steps))
 
-# %% ../../nbs/41a_registration.search.ipynb #b3ea492a
+# %% ../../nbs/41a_registration.search.ipynb #91b92576
 class Described(NamedTuple):
     "What is known of every voxel."
 
@@ -211,7 +211,7 @@ def describe(
     D = D - (D[0][:, inside_body] if inside_body.any() else D[0].flatten(1)).mean(1)[:, None, None, None]
     return Described(F.normalize(D, dim=1), edges(image), image)
 
-
+# %% ../../nbs/41a_registration.search.ipynb #18e0c5d9
 class Compared(NamedTuple):
     "Points of the moving image, and what is known of them and of the fixed image."
 
@@ -237,7 +237,7 @@ def compare_points(view: View, count: int, generator: torch.Generator) -> Compar
     similar, edge, value = (volume[0][(slice(None), *at.T)] for volume in describe(view.moving))
     return Compared(transform_points(view.moving_grid.affine, at.to(view.moving)), similar, edge, value[0], describe(view.fixed), view.fixed_grid)
 
-
+# %% ../../nbs/41a_registration.search.ipynb #c5c2ecef
 def self_similarity(at: Compared, motion: Float[Tensor, "b 4 4"]) -> Float[Tensor, " b"]:  # -1 to 1
     "How alike the surroundings of points are."
     read, seen = at.read(motion, at.fixed.similar)
@@ -256,7 +256,7 @@ def shared_information(at: Compared, motion: Float[Tensor, "b 4 4"]) -> Float[Te
     read, seen = at.read(motion, at.fixed.value)
     return (nmi(at.value, read[0], seen) - 1) * seen.mean(1)
 
-# %% ../../nbs/41a_registration.search.ipynb #7dd2f52f
+# %% ../../nbs/41a_registration.search.ipynb #e3d98b84
 UNIT = (0.02, 0.02, 0.02, 1.0, 1.0, 1.0)  # of a twist: radians and mm that move bone about equally far
 
 
@@ -288,7 +288,7 @@ def climb(
         schedule.step()
     return (motion @ motion_about(free.detach() * unit, centre_mm)).detach()
 
-# %% ../../nbs/41a_registration.search.ipynb #73272e5b
+# %% ../../nbs/41a_registration.search.ipynb #e3c6228a
 MEASURES = {"self-similarity": self_similarity, "edges": edge_agreement, "mutual information": shared_information}
 SURE = {"self-similarity": 7.0, "edges": 3.0, "mutual information": 3.5}  # least z of a find that can be trusted
 SURE_GAP_MM, SURE_LEAD = 4.0, 0.07  # farthest summit of mutual information; least lead over the next summit
@@ -313,7 +313,7 @@ class Found(NamedTuple):
     reasons: dict[str, float]  # each measure over what it takes to be sure; the least of them is the confidence
     peaks: Peaks
 
-# %% ../../nbs/41a_registration.search.ipynb #9e45c2c3
+# %% ../../nbs/41a_registration.search.ipynb #6e49f32d
 def distinct(
     motion: Float[Tensor, "b 4 4"],  # best first
     centre_mm: Float[Tensor, "3"],
@@ -328,7 +328,7 @@ def distinct(
             chosen.append(k)
     return chosen
 
-# %% ../../nbs/41a_registration.search.ipynb #b70fa01e
+# %% ../../nbs/41a_registration.search.ipynb #ca19cb50
 def judge(
     at: Compared,
     summits: Float[Tensor, "b 4 4"],  # where climbing ended
@@ -344,7 +344,7 @@ def judge(
     sure["no rival"] = float(1 - rivals.max() / height[best]) / SURE_LEAD if len(rivals) else 10.0
     return best, sure
 
-# %% ../../nbs/41a_registration.search.ipynb #9a01147d
+# %% ../../nbs/41a_registration.search.ipynb #faf1c5df
 def search(
     fixed: Float[Tensor, "i j k"],  # 0 to 1, without the gain of a coil
     fixed_grid: Grid,
