@@ -21,7 +21,9 @@ from spinereg.apps.paths import given_parameters
 from spinereg.files.pairs import read_pair
 from spinereg.files.problems import InputError
 from spinereg.files.transforms import read_transform
-from spinereg.losses.objective import TERMS
+from spinereg.losses.objective import TERMS, Weights
+from spinereg.losses.similarity import LNCC
+from spinereg.registration.optimise import optimise, parameter_grid
 from spinereg.registration.prealign import rigid_start
 from spinereg.registration.register import apply, memory_warning, register
 from spinereg.registration.scene import Scene, make_batch, make_scene, overlap_mask, working_grid
@@ -158,6 +160,19 @@ def test_every_term_of_the_objective_can_be_weighed():
     weights = result.history[[f"weight_{name}" for name in TERMS]].iloc[-1]
     assert result.history.weight_rd.tolist() == [0.1, 0.1] and terms.rd > 0
     assert result.history.loss.iloc[-1] == pytest.approx(terms.to_numpy() @ weights.to_numpy(), rel=1e-5)
+
+
+@pytest.mark.parametrize("levels", [(1.0,), (1.0, 1.0, 1.0)], ids=["polish", "levels"])
+def test_a_level_keeps_what_was_found_before_it(levels):
+    "Adam's steps are at most as long as it is told, so a rough velocity stays what it was to that length: nothing else is done to it."
+    grid, generator = Grid((20, 22, 24), np.diag([1.0, 1.0, 1.0, 1.0])), torch.Generator().manual_seed(0)
+    fixed, moving = torch.rand(2, 1, 1, *grid.shape, generator=generator)
+    place = parameter_grid(grid)
+    start = torch.randn(1, 3, *place.shape, generator=generator)
+    scene = Scene(fixed, grid, moving, grid, np.eye(4), None)
+    found = optimise(scene, grid, LNCC(), Weights(diffusion=3.0), levels, (2,) * len(levels), 1e-3, start=(start, place))
+    assert found.grid.same_as(place)
+    assert 0 < (found.velocity - start).abs().max() < 2e-3 * len(levels) * 1.01
 
 
 def stored_as(source, target, codes=None, world=None):

@@ -42,15 +42,17 @@ def parameter_grid(
 
 # %% ../../nbs/43_registration.optimise.ipynb #1c1fecbf
 def velocity_of(
-    parameter: Float[Tensor, "1 3 i j k"],
+    start: Float[Tensor, "1 3 i j k"],  # mm, the velocity that a level begins with
+    change: Float[Tensor, "1 3 i j k"],  # mm, what is stepped
 ) -> Float[Tensor, "1 3 i j k"]:  # mm
-    "The velocity that a parameter field stands for: blurred by one voxel, so that a step moves a patch of tissue."
-    return blur(parameter, (1.0, 1.0, 1.0))
+    "The velocity that a change stands for: the change blurred by one voxel, so that a step moves a patch of tissue, on top of the start as it is."
+    return start + blur(change, (1.0, 1.0, 1.0))
 
 
 def descend(
     batch: Batch,
-    parameter: Float[Tensor, "1 3 i j k"],  # on `parameter_grid`, changed in place
+    start: Float[Tensor, "1 3 i j k"],  # velocity on `parameter_grid`, mm
+    change: Float[Tensor, "1 3 i j k"],  # likewise; zero at first, stepped in place
     count: int,  # steps
     step_mm: float,  # first step length
     similarity: Similarity,
@@ -59,10 +61,10 @@ def descend(
 ) -> Iterator[dict[str, float]]:  # a row per step
     "Take the steps of one level."
     place, bone, size = parameter_grid(batch.grid), None, float(batch.grid.spacing_mm[0])
-    optimiser = torch.optim.Adam([parameter], lr=step_mm, betas=(0.9, 0.99))
+    optimiser = torch.optim.Adam([change], lr=step_mm, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, count, eta_min=0.1 * step_mm)
     for step in range(count):
-        what = apply_velocity(velocity_of(parameter), place, batch, doublings=5)
+        what = apply_velocity(velocity_of(start, change), place, batch, doublings=5)
         if step % 5 == 0 and batch.whole_labels is not None:
             bone = bone_voxels(moved_labels(what.disp.detach(), batch)[0], len(batch.names), minimum=0)
         terms = loss_terms(what, batch, similarity, bone, rd_squared=True if weights.rd > 0 else None)
@@ -76,7 +78,7 @@ def descend(
         length = what.disp.detach().norm(dim=1)
         row = {"level_mm": size, "step": step, "loss": loss.item()} | {name: term.item() for name, term in terms.items()}
         row |= {"displacement_mean_mm": length.mean().item(), "displacement_max_mm": length.max().item()}
-        yield row | {"gradient_norm": parameter.grad.norm().item()} | weights.row()
+        yield row | {"gradient_norm": change.grad.norm().item()} | weights.row()
 
 # %% ../../nbs/43_registration.optimise.ipynb #52e523ef
 class DiceOnOneGrid:
@@ -97,13 +99,14 @@ class DiceOnOneGrid:
 
 
 def look_at(
-    parameter: Float[Tensor, "1 3 i j k"],
+    start: Float[Tensor, "1 3 i j k"],  # velocity that the level begins with, mm
+    change: Float[Tensor, "1 3 i j k"],  # what was stepped since, mm
     batch: Batch,
     dice: DiceOnOneGrid | None,  # None where the fixed image has no labels
 ) -> Snapshot:
     "Pictures and figures of a descent, as it is now."
     with torch.no_grad():
-        what = apply_velocity(velocity_of(parameter), parameter_grid(batch.grid), batch, doublings=5)
+        what = apply_velocity(velocity_of(start, change), parameter_grid(batch.grid), batch, doublings=5)
         seen = take_snapshot(what, batch)
         if dice is not None:
             seen.figures.update(dice_before=dice.before, dice_after=dice.of(warp(what.disp, batch.grid, dice.grid)))
@@ -162,12 +165,13 @@ def optimise(
     with tqdm(total=int(np.dot(voxels, steps)), bar_format=PROGRESS, mininterval=2, delay=0.1, file=sys.stdout) as bar:
         journal = Journal(bar, weights, on_step)
         for batch, count, work in zip(batches, steps, voxels):
-            parameter = resample_field(velocity, before, parameter_grid(batch.grid)).requires_grad_()
-            for row in descend(batch, parameter, count, step_mm, similarity, weights, 1.0 if batch is batches[-1] else 0.03):
-                journal.note(row, work, partial(look_at, parameter, batch, dice))
+            begins = resample_field(velocity, before, parameter_grid(batch.grid))
+            change = torch.zeros_like(begins).requires_grad_()
+            for row in descend(batch, begins, change, count, step_mm, similarity, weights, 1.0 if batch is batches[-1] else 0.03):
+                journal.note(row, work, partial(look_at, begins, change, batch, dice))
                 if journal.stopped:
                     break
-            velocity, before = velocity_of(parameter.detach()), parameter_grid(batch.grid)
+            velocity, before = velocity_of(begins, change.detach()), parameter_grid(batch.grid)
             if journal.stopped:
                 break
     return Optimised(velocity, before, pd.DataFrame(journal.rows), journal.stopped)
