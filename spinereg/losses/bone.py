@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .similarity import full_precision
@@ -28,6 +28,11 @@ class Bone(NamedTuple):
     steps: Int[Tensor, "3 p"]  # voxels between the two: 0, 1 or 2
     batch: int  # number of samples
     n: int  # number of vertebrae per sample
+
+    @property
+    def measured(self) -> Bool[Tensor, " p"]:
+        "Whether a voxel has a neighbour of its own vertebra along every axis, so that its Jacobian is known."
+        return (self.steps > 0).all(0)
 
 # %% ../../nbs/21_losses.bone.ipynb #c4432367
 def bone_voxels(
@@ -54,11 +59,12 @@ def bone_voxels(
 def mean_over_bone(
     values: Float[Tensor, " p"],  # one per bone voxel
     bone: Bone,
+    counts: Bool[Tensor, " p"] | None = None,  # which of them count, such as `bone.measured`; all when None
 ) -> Float[Tensor, " b"]:  # zero for a sample without bone
     "Mean over the bone voxels of each sample."
-    sample = bone.voxel[:, 0]
-    total = values.new_zeros(bone.batch).index_add(0, sample, values)
-    return total / torch.bincount(sample, minlength=bone.batch).clamp_min(1)
+    weight = torch.ones_like(values) if counts is None else counts.to(values)
+    total, number = (values.new_zeros(bone.batch).index_add(0, bone.voxel[:, 0], part) for part in (values * weight, weight))
+    return total / number.clamp_min(1)
 
 # %% ../../nbs/21_losses.bone.ipynb #68a744d2
 @full_precision
@@ -66,7 +72,7 @@ def bone_jacobian(
     disp: Float[Tensor, "b 3 i j k"],  # mm, along the axes of `grid`
     grid: Grid,
     bone: Bone,
-) -> Float[Tensor, "p 3 3"]:  # last two: component, direction of the derivative
+) -> Float[Tensor, "p 3 3"]:  # last two: component, direction of the derivative; known where `bone.measured`
     "Jacobian of x + disp(x) at the bone voxels, from differences within each vertebra."
     u = disp.movedim(1, -1).reshape(-1, 3)
     spacing = torch.as_tensor(grid.spacing_mm, dtype=u.dtype, device=u.device)[:, None, None]

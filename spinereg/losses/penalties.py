@@ -49,7 +49,7 @@ def oc(
 ) -> Float[Tensor, " b"]:
     "Orthonormality condition: mean squared distance of J^T J from the identity over the bone."
     excess = J.mT @ J - torch.eye(3, dtype=J.dtype, device=J.device)
-    return mean_over_bone(excess.square().sum((1, 2)), bone)
+    return mean_over_bone(excess.square().sum((1, 2)), bone, bone.measured)
 
 
 @full_precision
@@ -58,7 +58,7 @@ def pc(
     bone: Bone,
 ) -> Float[Tensor, " b"]:
     "Properness condition: mean squared distance of det J from one over the bone."
-    return mean_over_bone((determinant(J) - 1).square(), bone)
+    return mean_over_bone((determinant(J) - 1).square(), bone, bone.measured)
 
 # %% ../../nbs/22_losses.penalties.ipynb #566131af
 @full_precision
