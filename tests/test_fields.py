@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from scipy.spatial.transform import Rotation
 
 from spinereg.files.transforms import itk_field, itk_image
-from spinereg.space.fields import compose, extend_field, integrate, invert, jacobian, resample_field, warp, warp_labels
+from spinereg.space.fields import compose, extend_field, integrate, invert, jacobian, length_mm, resample_field, warp, warp_labels
 from spinereg.space.geometry import Grid, crop_grid, inside, respace_grid
 from spinereg.space.images import blur, coarsen, label_centres_mm, vote
 
@@ -64,6 +64,33 @@ def test_defect_4_and_A13_a_stretch_survives_half_resolution(n):
     defect = 2 * F.interpolate(coarse / 2, size=grid.shape, mode="trilinear", align_corners=True)
     assert (resample_field(coarse, half, grid) - fine).abs().max() < 1e-9
     assert n % 2 or (defect - fine).abs().max() > 0.02
+
+
+@pytest.mark.parametrize(("shape", "spacing_mm"), [((7, 8, 9), 1.0), ((7, 8, 9), 0.7), ((6, 5, 11), 3.1), ((1, 2, 5), 0.5)])
+def test_fields_on_another_grid_are_scipys_interpolation(shape, spacing_mm):
+    "Finer, coarser, and with an axis of one voxel; within the outermost centres, from voxels of 2 x 1.5 x 4 mm on oblique axes."
+    from scipy.ndimage import map_coordinates
+
+    grid = tilted(shape, (2, 1.5, 4), 3)
+    onto = respace_grid(grid, spacing_mm)
+    field = torch.randn(2, 3, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    at = (onto.points_mm(field).numpy() - grid.affine[:3, 3]) @ np.linalg.inv(grid.affine[:3, :3]).T
+    inner = ((at >= 0) & (at <= np.array(shape) - 1) | (np.array(shape) == 1)).all(-1)
+    found = resample_field(field, grid, onto)
+    assert found.shape == (2, 3, *onto.shape)
+    assert inner.any()
+    for got, given in zip(found.flatten(0, 1), field.flatten(0, 1)):
+        wanted = map_coordinates(given.numpy(), at.reshape(-1, 3).T, order=1, mode="nearest").reshape(onto.shape)
+        assert np.allclose(got.numpy()[inner], wanted[inner])
+    assert torch.autograd.gradcheck(lambda x: resample_field(x, grid, onto), field[:1, :1].clone().requires_grad_())
+
+
+def test_length_is_that_of_the_world():
+    from spinereg.space.fields import world_vectors
+
+    grid = tilted((4, 5, 6), (1, 2, 3), 1)
+    disp = torch.randn(2, 3, *grid.shape, dtype=torch.float64)
+    assert torch.allclose(length_mm(disp), torch.linalg.vector_norm(world_vectors(disp, grid), dim=-1))
 
 
 def test_integration_agrees_with_many_small_euler_steps():

@@ -7,7 +7,7 @@ from scipy.linalg import expm
 from scipy.ndimage import map_coordinates
 
 from spinereg.losses.bone import bone_voxels
-from spinereg.losses.objective import TERMS, Weights, apply_velocity, batch_on_grid, loss_terms, moved_labels
+from spinereg.losses.objective import TERMS, Weights, apply_velocity, batch_on_grid, likeness, loss_terms, moved_labels
 from spinereg.losses.similarity import LNCC, MI, MIND
 from spinereg.registration.networks import velocity_grid
 from spinereg.space.geometry import Grid
@@ -103,6 +103,23 @@ def test_two_samples_are_twice_one_and_only_images_have_a_gradient(similarity):
     (gradient,) = torch.autograd.grad(Weights(diffusion=1.0, oc=1.0, pc=1.0, rd=1.0, rf=1.0).total(terms), velocity)
     assert gradient.isfinite().all()
     assert (gradient != 0).flatten(1).any(1).all()
+
+
+@pytest.mark.parametrize("similarity", [LNCC(), MI(), MIND()], ids=["lncc", "mi", "mind"])
+def test_both_sides_count_for_one_velocity_after_another(similarity):
+    "What is kept of the images that stay changes neither value nor slope."
+    grid = Grid((14, 16, 18), np.diag([1.0, 1.5, 2.0, 1.0]))
+    place, generator = velocity_grid(grid, False), torch.Generator().manual_seed(1)
+    batch = batch_of(grid, *pair(*grid.shape))
+    alike = likeness(batch, similarity)
+    for _ in range(2):
+        velocity = torch.randn(1, 3, *place.shape, generator=generator).requires_grad_()
+        there = apply_velocity(velocity, place, batch)
+        by_hand = similarity(batch.fixed, there.moved, batch.mask) + similarity(batch.moving, there.moved_back, batch.mask)
+        slopes = [torch.autograd.grad(loss, velocity, retain_graph=True)[0] for loss in (alike(there), by_hand)]
+        assert torch.allclose(alike(there), by_hand)
+        assert torch.allclose(*slopes, atol=1e-6 * slopes[1].abs().max())
+        assert torch.equal(loss_terms(there, batch, similarity)["similarity"], alike(there))
 
 
 def test_the_total_is_the_weighted_sum_and_a_zero_weight_costs_nothing():

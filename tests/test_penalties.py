@@ -163,6 +163,16 @@ def test_B5_growth_by_ten_percent_has_its_price(spacing):
     assert terms["rd"].item() > 0.02
 
 
+def test_oc_is_the_distance_of_the_gram_matrix_from_the_identity():
+    "Against products of matrices in numpy, for Jacobians that are anything."
+    grid = make_grid(THICK)
+    labels = two_boxes(grid)
+    bone = bone_voxels(labels, 2, minimum=0)
+    J = bone_jacobian(3 * torch.randn(1, 3, *grid.shape, dtype=torch.float64), grid, bone)
+    wanted = np.mean([np.linalg.norm(j.T @ j - np.eye(3)) ** 2 for j in J[bone.measured].numpy()])
+    assert oc(J, bone).item() == pytest.approx(wanted)
+
+
 @pytest.mark.parametrize("term", ["oc", "rf"])
 def test_B5_a_term_has_an_effect(term):
     "Descending from a bent field, the strain in the bone falls by more than half."

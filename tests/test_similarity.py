@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from spinereg.losses.similarity import LNCC, MI, MIND, box_mean, masked_mean, mind_ssc
+from spinereg.losses.similarity import LNCC, MI, MIND, box_mean, compare_with, masked_mean, mind_ssc
 from spinereg.space.images import erode_mask
 
 LOSSES = [MIND(), LNCC(radius=3), MI()]
@@ -229,3 +229,30 @@ def test_two_runs_agree_bit_for_bit(loss):
     images = texture(1), texture(2).requires_grad_()
     runs = [(value := loss(fixed=images[0], moved=images[1]), *torch.autograd.grad(value.sum(), images[1])) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
+class Correlation:
+    "A similarity that knows nothing of `against`."
+
+    reach = 0
+
+    def __call__(self, one, other, mask=None):
+        return -masked_mean(one * other, mask)
+
+
+@pytest.mark.parametrize("loss", [*LOSSES, Correlation()])
+def test_one_image_given_once_is_the_same_comparison(loss):
+    "Value and gradient, for one moved image after another; in half precision too, and under autocast."
+    fixed, mask = texture(1, batch=2), texture(2) > 0.3
+    kept = compare_with(loss, fixed, mask)
+    for seed in (3, 4, 3):
+        moved = texture(seed, batch=2).requires_grad_()
+        values = [kept(moved), loss(fixed, moved, mask)]
+        grads = [torch.autograd.grad(value.sum(), moved)[0] for value in values]
+        assert torch.allclose(*values, rtol=1e-5)
+        assert torch.allclose(*grads, atol=1e-6 * grads[1].abs().max())
+    if not isinstance(loss, Correlation):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            low = compare_with(loss, fixed.half(), mask)(moved.detach().half())
+        assert low.dtype == torch.float32
+        assert torch.equal(low, loss(fixed.half().float(), moved.detach().half().float(), mask))

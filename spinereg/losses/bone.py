@@ -74,11 +74,11 @@ def bone_jacobian(
     bone: Bone,
 ) -> Float[Tensor, "p 3 3"]:  # last two: component, direction of the derivative; known where `bone.measured`
     "Jacobian of x + disp(x) at the bone voxels, from differences within each vertebra."
-    u = disp.movedim(1, -1).reshape(-1, 3)
-    spacing = torch.as_tensor(grid.spacing_mm, dtype=u.dtype, device=u.device)[:, None, None]
-    after, before = (u.index_select(0, ends.flatten()).view(3, -1, 3) for ends in (bone.after, bone.before))
-    slopes = (after - before) / (bone.steps[..., None].clamp_min(1) * spacing)
-    return slopes.permute(1, 2, 0) + torch.eye(3, dtype=u.dtype, device=u.device)
+    u = disp.movedim(1, 0).flatten(1)
+    spacing = torch.as_tensor(grid.spacing_mm, dtype=u.dtype, device=u.device)[:, None]
+    after, before = (u.index_select(1, ends.flatten()).view(3, 3, -1) for ends in (bone.after, bone.before))
+    slopes = (after - before) / (bone.steps.clamp_min(1) * spacing)
+    return slopes.permute(2, 0, 1) + torch.eye(3, dtype=u.dtype, device=u.device)
 
 # %% ../../nbs/21_losses.bone.ipynb #7aead590
 def bone_points_mm(
@@ -111,7 +111,7 @@ def rigid_residual_mm(
     "Distance between where each bone voxel goes and where its rigid motion would take it."
     x = bone_points_mm(grid, bone)
     u = disp.movedim(1, -1)[tuple(bone.voxel.T)]
-    rigid = (motions.rotation[bone.vertebra] @ x[..., None])[..., 0] + motions.translation[bone.vertebra]
+    rigid = (motions.rotation[bone.vertebra] * x[:, None]).sum(-1) + motions.translation[bone.vertebra]
     rest = x + u - rigid
     above_rounding = rest.detach().abs().amax(-1, keepdim=True) > 1e-6
     return torch.linalg.vector_norm(rest * above_rounding, dim=-1)

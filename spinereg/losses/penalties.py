@@ -6,7 +6,7 @@
 __all__ = ['diffusion', 'bending', 'oc', 'pc', 'rf', 'rd']
 
 # %% ../../nbs/22_losses.penalties.ipynb #f8f3e8f8
-from itertools import combinations_with_replacement
+from itertools import combinations, combinations_with_replacement
 
 import numpy as np
 import torch
@@ -48,8 +48,10 @@ def oc(
     bone: Bone,
 ) -> Float[Tensor, " b"]:
     "Orthonormality condition: mean squared distance of J^T J from the identity over the bone."
-    excess = J.mT @ J - torch.eye(3, dtype=J.dtype, device=J.device)
-    return mean_over_bone(excess.square().sum((1, 2)), bone, bone.measured)
+    j = J.unbind(-1)
+    stretch = sum(((a * a).sum(-1) - 1).square() for a in j)
+    shear = sum((a * b).sum(-1).square() for a, b in combinations(j, 2))
+    return mean_over_bone(stretch + 2 * shear, bone, bone.measured)
 
 
 @full_precision

@@ -22,13 +22,13 @@ from tqdm import tqdm
 
 from ..files.transforms import SpineTransform
 from ..losses.bone import bone_voxels
-from ..losses.objective import Batch, Weights, apply_velocity, loss_terms, moved_labels, not_finite
+from ..losses.objective import Batch, Weights, apply_velocity, field_terms, likeness, moved_labels, not_finite
 from ..losses.similarity import Similarity
 from ..measure.metrics import mean_dice
 from ..measure.snapshot import Snapshot, take_snapshot
 from .run import PROGRESS, Step
 from .scene import Scene, make_batch
-from ..space.fields import extend_field, integrate, resample_field, warp, warp_labels
+from ..space.fields import extend_field, integrate, length_mm, resample_field, warp, warp_labels
 from ..space.geometry import Grid, crop_grid, respace_grid
 from ..space.images import blur
 
@@ -61,13 +61,14 @@ def descend(
 ) -> Iterator[dict[str, float]]:  # a row per step
     "Take the steps of one level."
     place, bone, size = parameter_grid(batch.grid), None, float(batch.grid.spacing_mm[0])
+    alike = likeness(batch, similarity)
     optimiser = torch.optim.Adam([change], lr=step_mm, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, count, eta_min=0.1 * step_mm)
     for step in range(count):
-        what = apply_velocity(velocity_of(start, change), place, batch, doublings=5)
+        what = apply_velocity(velocity_of(start, change), place, batch, doublings=3)
         if step % 5 == 0 and batch.whole_labels is not None:
             bone = bone_voxels(moved_labels(what.disp.detach(), batch)[0], len(batch.names), minimum=0)
-        terms = loss_terms(what, batch, similarity, bone, rd_squared=True if weights.rd > 0 else None)
+        terms = {"similarity": alike(what)} | field_terms(what, batch, bone, rd_squared=True if weights.rd > 0 else None)
         if said := not_finite(terms):
             raise FloatingPointError(f"the loss is not finite at {size:g} mm, step {step} ({said}); a smaller step_mm helps")
         optimiser.zero_grad()
@@ -75,7 +76,7 @@ def descend(
         loss.backward()
         optimiser.step()
         schedule.step()
-        length = what.disp.detach().norm(dim=1)
+        length = length_mm(what.disp.detach())
         row = {"level_mm": size, "step": step, "loss": loss.item()} | {name: term.item() for name, term in terms.items()}
         row |= {"displacement_mean_mm": length.mean().item(), "displacement_max_mm": length.max().item()}
         yield row | {"gradient_norm": change.grad.norm().item()} | weights.row()
@@ -106,7 +107,7 @@ def look_at(
 ) -> Snapshot:
     "Pictures and figures of a descent, as it is now."
     with torch.no_grad():
-        what = apply_velocity(velocity_of(start, change), parameter_grid(batch.grid), batch, doublings=5)
+        what = apply_velocity(velocity_of(start, change), parameter_grid(batch.grid), batch, doublings=3)
         seen = take_snapshot(what, batch)
         if dice is not None:
             seen.figures.update(dice_before=dice.before, dice_after=dice.of(warp(what.disp, batch.grid, dice.grid)))

@@ -93,7 +93,7 @@ def voxel_index(
     "Index into another grid, for every voxel of a grid."
     m = torch.as_tensor(index_map(grid, other, world)).to(like)
     i, j, k = (torch.arange(n, dtype=like.dtype, device=like.device) for n in grid.shape)
-    return i[:, None, None, None] * m[:3, 0] + j[:, None, None] * m[:3, 1] + (k[:, None] * m[:3, 2] + m[:3, 3])
+    return torch.stack([i[:, None, None] * row[0] + j[:, None] * row[1] + (k * row[2] + row[3]) for row in m[:3]]).movedim(0, -1)
 
 # %% ../../nbs/00_space.geometry.ipynb #fb76fbca
 def inside(
@@ -116,7 +116,7 @@ def sample_index(
     at = index.shape[1:-1]
     index = index.reshape(index.shape[0], *at, *[1] * (3 - len(at)), 3).expand(values.shape[0], *[-1] * 4)
     size = torch.tensor(values.shape[2:], dtype=index.dtype, device=index.device)
-    coords = ((2 * index + 1) / size - 1).flip(-1)
+    coords = (index * (2 / size) + (1 / size - 1)).flip(-1)
     read = F.grid_sample(values, coords, mode=mode, padding_mode=outside, align_corners=False)
     return read.reshape(*read.shape[:2], *at)
 

@@ -69,12 +69,11 @@ def vote(
     index: Float[Tensor, "p 3"],
 ) -> tuple[Int[Tensor, " p"], Float[Tensor, " p"]]:  # winning label; its fraction of the votes
     "Winner among the eight voxels around each fractional index; background outside the volume."
-    size = torch.tensor(labels.shape, device=labels.device)
-    corner = torch.tensor([[a, b, c] for a in (0, 1) for b in (0, 1) for c in (0, 1)], device=labels.device)
-    at = (index.floor()[:, None].long() + corner).clamp(torch.zeros_like(size), size - 1)
-    value = labels[at[..., 0], at[..., 1], at[..., 2]]
-    part = (index - index.floor())[:, None]
-    weight = torch.where(corner == 1, part, 1 - part).prod(-1)
+    low = index.floor()
+    i, j, k = (torch.stack([at, at + 1], 1).clamp(0, n - 1) for at, n in zip(low.long().unbind(1), labels.shape))
+    value = labels.flatten()[((i[:, :, None] * labels.shape[1] + j[:, None])[..., None] * labels.shape[2] + k[:, None, None]).flatten(1)]
+    a, b, c = (torch.stack([1 - part, part], 1) for part in (index - low).unbind(1))
+    weight = (a[:, :, None, None] * b[:, None, :, None] * c[:, None, None]).flatten(1)
     bone = inside(index, labels.shape) & (value > 0).any(-1)
     votes = (weight[bone][:, None, :] * (value[bone][:, :, None] == value[bone][:, None, :])).sum(-1)
     best = (votes - 1e-4 * (value[bone] > 0)).argmax(-1, keepdim=True)
