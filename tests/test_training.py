@@ -20,11 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spinereg.files.labels import VERTEBRAE
+from spinereg.learning import fit as fitting
 from spinereg.learning.cases import PrepareCase, find_cases
 from spinereg.learning.crops import case_dataset
-from spinereg.learning.fit import PRESETS, Settings, fit
+from spinereg.learning.fit import PRESETS, Settings, begin, enter_stage, fit, note_validation
 from spinereg.learning.learner import Stage, apply_network, bone_of, crop_batch, learn, make_accelerator, make_learner
-from spinereg.learning.validate import learns_nothing, score
+from spinereg.learning.validate import learns_nothing, rank, score
 from spinereg.losses.objective import TERMS, Weights, loss_terms
 from spinereg.losses.similarity import LNCC, MIND
 from spinereg.measure.metrics import mean_dice
@@ -102,6 +103,41 @@ def test_the_last_epoch_of_each_stage_is_kept_and_best_belongs_to_the_last_stage
     assert about["stage1"] == 2 and about["last"] == 4 and about["best"] == 4
     assert fitted.weights == out / "best.safetensors"
     assert set(fitted.epochs.stage) == {"similarity", "rigidity"} and fitted.epochs[fitted.epochs.epoch == 1].rf.isna().all()
+
+
+FOUND = pd.DataFrame(  # Dice, folded, residual: what each of eight validations finds, four in either stage
+    [(0.60, 0.0, 0.1), (0.70, 0.0, 0.5), (0.90, 0.2, 0.1), (0.65, 0.0, 0.9)]
+    + [(0.95, 0.1, 0.3), (0.50, 0.0, 0.4), (0.80, 0.0, 0.2), (0.85, 0.0, 0.3001)],
+    columns=["dice_after", "folding_percent", "residual_median_mm"],
+).assign(case="a", loss=0.0, displacement_mean_mm=1.0, similarity_after=0.0, similarity_before=1.0)
+
+
+def test_the_best_weights_neither_fold_nor_bend_bone_more_than_the_first(quick, tmp_path, monkeypatch):
+    "The first stage may bend bones but not fold; a fold is the best only until something better than Dice is found. Resumed, it goes on."
+    training = begin(Settings(out_dir=tmp_path, epochs_similarity=4, epochs_rigidity=4, **quick), resume=False)
+    progress, kept = training.learner.progress, []
+    for epoch in range(8):
+        progress.epoch = epoch
+        enter_stage(training)
+        progress.epoch += 1
+        training.records.epochs.append({"epoch": progress.epoch, "stage": progress.stage})
+        monkeypatch.setattr(fitting, "validate", lambda *_, epoch=epoch: FOUND.iloc[[epoch]])
+        note_validation(training)
+        kept.append(load_network(tmp_path / "best.safetensors").about["epoch"])
+        fitting.checkpoint(training)
+        assert state(tmp_path)["progress"] == vars(progress)
+    assert kept == [1, 2, 2, 2, 5, 5, 7, 7]
+    assert (progress.sound, progress.best, progress.limit_mm) == (True, 0.80, 0.3)
+
+
+@given(dice=st.tuples(st.floats(0, 1), st.floats(0, 1)), folded=st.sampled_from([1e-6, 100.0, float("nan")]))
+def test_no_dice_makes_up_for_a_fold_or_for_bent_bone(dice, folded):
+    "One of two cases is enough; a case without labels has no residual, and does not count."
+    good = pd.DataFrame({"dice_after": dice[0], "folding_percent": 0.0, "residual_median_mm": [0.2, float("nan")], "loss": 1.0})
+    other = good.assign(dice_after=dice[1])
+    for worse in (other.assign(folding_percent=[0, folded]), other.assign(residual_median_mm=[0.21, float("nan")])):
+        assert rank(good, 0.2) > rank(worse, 0.2)
+    assert (rank(good, 0.2) > rank(other, 0.2)) == (dice[0] > dice[1])
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="the system has no SIGKILL")

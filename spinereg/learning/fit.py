@@ -30,7 +30,7 @@ from .cases import REACH, PrepareCase
 from .checkpoint import Records, epoch_row, keep_weights, read_checkpoint, read_records, restore, save_checkpoint
 from .crops import Crops, Split, crop_transform, cut_crop, prepare_splits
 from .learner import Learner, Stage, make_accelerator, make_learner, train_epoch
-from .validate import learns_nothing, look_at, score, validate
+from .validate import learns_nothing, look_at, rank, rigidity_limit_mm, validate
 from ..losses.objective import Weights
 from ..losses.similarity import Similarity, similarity_of
 from ..registration.networks import UNet, load_network
@@ -296,7 +296,7 @@ def enter_stage(
     learner.stage = first if progress.epoch < first.epochs else second
     if progress.stage not in ("", learner.stage.name):
         keep_weights(training.out_dir / "stage1.safetensors", learner, training.settings.record())
-        progress.best = -math.inf
+        progress.best, progress.sound, progress.limit_mm = -math.inf, False, math.inf
     progress.stage = learner.stage.name
 
 # %% ../../nbs/55_learning.fit.ipynb #e8c93d97
@@ -313,13 +313,15 @@ def checkpoint(
 def note_validation(
     training: Training,
 ) -> None:
-    "Measure the validation cases, write down what was found, keep the weights if they are the best."
+    "Measure the validation cases, write down what was found, keep the weights if they are the best: without folds, rigid enough, then by Dice."
     learner, progress, records = training.learner, training.learner.progress, training.records
     found = validate(learner, training.val)
     records.validation.extend(found.assign(epoch=progress.epoch, stage=progress.stage).to_dict("records"))
     records.epochs[-1] |= {f"validation_{name}": value for name, value in found.drop(columns="case").mean().items()}
-    if score(found) > progress.best:
-        progress.best = score(found)
+    if learner.stage.rigidity and progress.limit_mm == math.inf:
+        progress.limit_mm = rigidity_limit_mm(found)
+    if (ranked := rank(found, progress.limit_mm)) > (progress.sound, progress.best):
+        progress.sound, progress.best = ranked
         keep_weights(training.out_dir / "best.safetensors", learner, training.settings.record())
     if said := learns_nothing(found):
         learner.accelerator.print(f"epoch {progress.epoch}: {said}; is the learning rate high enough, and are the images normalised alike?")
@@ -364,7 +366,7 @@ class Fitted(NamedTuple):
     "A trained network and how it came about."
 
     network: UNet  # after the last epoch, on the CPU
-    weights: Path  # the best of the last stage; the last ones where it was stopped before a validation
+    weights: Path  # the best of the last stage, see `rank`; the last ones where it was stopped before a validation
     steps: pd.DataFrame
     epochs: pd.DataFrame
     validation: pd.DataFrame  # a row per validation and case

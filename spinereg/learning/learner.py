@@ -27,6 +27,7 @@ from ..losses.objective import TERMS, Batch, Fields, Weights, apply_velocity, ba
 from ..losses.similarity import Similarity
 from ..registration.networks import UNet, predict
 from ..registration.run import choose_device
+from ..space.fields import length_mm
 from ..space.geometry import Grid
 
 # %% ../../nbs/52_learning.learner.ipynb #96a3e6c3
@@ -84,6 +85,8 @@ class Progress:
     taken: int = 0  # steps of the present one that are done
     stage: str = ""  # name of the stage; empty before the first epoch
     best: float = -math.inf  # score of the best weights of that stage
+    sound: bool = False  # whether nothing folds with them and bones are rigid enough
+    limit_mm: float = math.inf  # what "rigid enough" is in that stage
 
 
 @dataclass
@@ -145,7 +148,7 @@ def crop_values(
     batch = crop_batch(crops, learner.spacing_mm, learner.accelerator.device)
     what = apply_network(learner.network, batch)
     terms = loss_terms(what, batch, learner.similarity, bone_of(what, batch) if learner.stage.rigidity else None)
-    loss, length = learner.stage.weights(learner.weights).total(terms), what.disp.detach().norm(dim=1)
+    loss, length = learner.stage.weights(learner.weights).total(terms), length_mm(what.disp.detach())
     means = {name: value.mean() for name, value in terms.items()}
     return {"loss": loss, **means, "displacement_mean_mm": length.mean(), "displacement_max_mm": length.max()}
 
