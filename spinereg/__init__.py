@@ -1,6 +1,6 @@
 """Registration of a spine CT to an MR: soft tissue deforms, every vertebra stays rigid."""
 
-__version__ = "0.1.0"
+__version__ = "0.1.1"
 
 from importlib import import_module
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FieldFigures', 'Likeness', 'LandmarkGain', 'LabelFigures', 'RigidityMeans', 'RunRecord', 'Figures', 'Metrics',
-           'label_doubts', 'landmark_doubts', 'image_doubts', 'map_doubts', 'doubts', 'say_vertebrae', 'say_map',
-           'say_measured', 'summarise', 'vertebra_columns', 'main_figures']
+           'start_doubts', 'label_doubts', 'landmark_doubts', 'image_doubts', 'map_doubts', 'doubts', 'say_vertebrae',
+           'say_map', 'say_measured', 'summarise', 'vertebra_columns', 'main_figures']
 
 # %% ../../nbs/45_registration.report.ipynb #fa53dec7
 from collections.abc import Mapping
@@ -137,6 +137,7 @@ class Metrics(Figures):
         "As `metrics.json` holds it: plain values only."
         start = {"how": self.prealign.how, "matrix": self.prealign.rigid.tolist()}
         start |= {"overlap_before": self.prealign.overlap_before, "overlap_after": self.prealign.overlap_after}
+        start |= {"confidence": self.prealign.confidence, "reasons": dict(self.prealign.reasons)}
         return {
             "field": self.field.as_dict(),
             "local_correlation": self.local_correlation._asdict(),
@@ -161,26 +162,32 @@ def _plain(value: object) -> object:
     return value if isinstance(value, (int, float, list, tuple, dict, type(None))) else str(value)
 
 # %% ../../nbs/45_registration.report.ipynb #b61f737e
+def start_doubts(start: RigidStart) -> list[str]:
+    "A rigid start that is not sure."
+    return [notice.text for notice in start.notices]
+
+
 def label_doubts(labels: LabelFigures | None) -> list[str]:
-    "Vertebrae that are gone, and labels that hardly overlap."
+    "Vertebrae that are gone, and labels that overlap less than they should."
     found = []
     if labels and labels.missing:
         found.append(f"{len(labels.missing)} fixed vertebrae ({', '.join(labels.missing)}) have no counterpart at all (n_missing)")
-    if labels and labels.now and labels.now.dice < max(0.5, labels.start_dice):
-        found.append(f"the Dice with the fixed labels is {labels.now.dice:.2f}")
+    if labels and labels.now and labels.now.dice < max(0.5, labels.start_dice - 0.01, labels.prealigned_dice - 0.01):
+        before = f"{labels.start_dice:.2f} by the headers, {labels.prealigned_dice:.2f} after pre-alignment"
+        found.append(f"the Dice with the fixed labels is {labels.now.dice:.2f} ({before})")
     return found
 
 
 def landmark_doubts(landmarks: tuple[LandmarkGain, ...]) -> list[str]:
-    "Groups of landmarks that are further apart than by the headers."
-    worse = [gain.now.group for gain in landmarks if gain.now.group in ("bone", "soft tissue") and gain.now.mean_mm > gain.start_mean_mm]
-    return [f"landmarks on {group} are further apart than at the start" for group in worse]
+    "Groups of landmarks that are further apart than before."
+    told = [(gain, 0.1 + min(gain.start_mean_mm, gain.prealigned_mean_mm)) for gain in landmarks if gain.now.group in ("bone", "soft tissue")]
+    return [f"landmarks on {gain.now.group} are further apart than before" for gain, before_mm in told if gain.now.mean_mm > before_mm]
 
 
 def image_doubts(likeness: Likeness) -> list[str]:
     "Images that did not become alike."
-    if not likeness.now > likeness.prealigned:
-        return ["the images are no more alike than after pre-alignment"]
+    if likeness.now < likeness.prealigned:
+        return ["the images are less alike than after pre-alignment"]
     return [f"the images are hardly alike (mean squared local correlation {likeness.now:.2f})"] if likeness.now < 0.1 else []
 
 
@@ -200,7 +207,8 @@ def doubts(
     metrics: Metrics,
 ) -> list[str]:
     "What speaks against a result; empty where nothing that was measured does."
-    return [*label_doubts(metrics.labels), *landmark_doubts(metrics.landmarks), *image_doubts(metrics.local_correlation), *map_doubts(metrics)]
+    measured = [*label_doubts(metrics.labels), *landmark_doubts(metrics.landmarks), *image_doubts(metrics.local_correlation)]
+    return [*start_doubts(metrics.prealign), *measured, *map_doubts(metrics)]
 
 # %% ../../nbs/45_registration.report.ipynb #6510beef
 def say_vertebrae(metrics: Metrics) -> list[str]:
@@ -235,12 +243,14 @@ def say_map(metrics: Metrics) -> list[str]:
 def say_measured(metrics: Metrics) -> list[str]:
     "Landmarks and labels, where there are any."
     words, labels = [], metrics.labels or LabelFigures((), ())
-    for now, start_mm, _ in metrics.landmarks:
+    for now, start_mm, rigid_mm in metrics.landmarks:
         if now.group in ("bone", "soft tissue"):
-            words.append(f"Landmarks on {now.group}: {start_mm:.1f} mm apart at the start, {now.mean_mm:.2f} mm now (95 %: {now.p95_mm:.2f} mm).")
+            before = f"{start_mm:.1f} mm apart by the headers, {rigid_mm:.1f} mm after pre-alignment"
+            words.append(f"Landmarks on {now.group}: {before}, {now.mean_mm:.2f} mm now (95 %: {now.p95_mm:.2f} mm).")
     if labels.now:
         dice, missing = labels.now.dice, labels.now.n_missing
-        words.append(f"Dice with the fixed labels: {labels.start_dice:.2f} at the start, {dice:.2f} now ({missing} missing).")
+        before = f"{labels.start_dice:.2f} by the headers, {labels.prealigned_dice:.2f} after pre-alignment"
+        words.append(f"Dice with the fixed labels: {before}, {dice:.2f} now ({missing} missing).")
     for side, only in (("moving", labels.only_moving), ("fixed", labels.only_fixed)):
         if only:
             words.append(f"Labelled in the {side} image only, and not compared: {', '.join(only)}.")
