@@ -44,9 +44,10 @@ def parameter_grid(
 def velocity_of(
     start: Float[Tensor, "1 3 i j k"],  # mm, the velocity that a level begins with
     change: Float[Tensor, "1 3 i j k"],  # mm, what is stepped
+    free: Float[Tensor, "1 1 i j k"] | float = 1.0,  # the share of it that counts at each place
 ) -> Float[Tensor, "1 3 i j k"]:  # mm
     "The velocity that a change stands for: the change blurred by one voxel, so that a step moves a patch of tissue, on top of the start as it is."
-    return start + blur(change, (1.0, 1.0, 1.0))
+    return start + free * blur(change, (1.0, 1.0, 1.0))
 
 
 def descend(
@@ -58,6 +59,7 @@ def descend(
     similarity: Similarity,
     weights: Weights,  # may be changed between steps
     stiffness: float = 1.0,  # factor of the weights of orthonormality and properness
+    free: Float[Tensor, "1 1 i j k"] | float = 1.0,  # the share of a step that counts, on `parameter_grid`
 ) -> Iterator[dict[str, float]]:  # a row per step
     "Take the steps of one level."
     place, bone, size = parameter_grid(batch.grid), None, float(batch.grid.spacing_mm[0])
@@ -65,8 +67,8 @@ def descend(
     optimiser = torch.optim.Adam([change], lr=step_mm, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, count, eta_min=0.1 * step_mm)
     for step in range(count):
-        what = apply_velocity(velocity_of(start, change), place, batch, doublings=3)
-        if step % 5 == 0 and batch.whole_labels is not None:
+        what = apply_velocity(velocity_of(start, change, free), place, batch, doublings=3)
+        if step % 5 == 0 and batch.whole_labels is not None and max(weights.oc, weights.pc, weights.rd, weights.rf) > 0:
             bone = bone_voxels(moved_labels(what.disp.detach(), batch)[0], len(batch.names), minimum=0)
         terms = {"similarity": alike(what)} | field_terms(what, batch, bone, rd_squared=True if weights.rd > 0 else None)
         if said := not_finite(terms):
@@ -104,10 +106,11 @@ def look_at(
     change: Float[Tensor, "1 3 i j k"],  # what was stepped since, mm
     batch: Batch,
     dice: DiceOnOneGrid | None,  # None where the fixed image has no labels
+    free: Float[Tensor, "1 1 i j k"] | float = 1.0,  # as in `descend`
 ) -> Snapshot:
     "Pictures and figures of a descent, as it is now."
     with torch.no_grad():
-        what = apply_velocity(velocity_of(start, change), parameter_grid(batch.grid), batch, doublings=3)
+        what = apply_velocity(velocity_of(start, change, free), parameter_grid(batch.grid), batch, doublings=3)
         seen = take_snapshot(what, batch)
         if dice is not None:
             seen.figures.update(dice_before=dice.before, dice_after=dice.of(warp(what.disp, batch.grid, dice.grid)))
@@ -156,6 +159,7 @@ def optimise(
     step_mm: float = 0.3,  # first step length of each level
     on_step: Callable[[Step], None] | None = None,  # called after every step; may change weights, and stop
     start: tuple[Float[Tensor, "1 3 i j k"], Grid] | None = None,  # velocity to begin with, mm, and its grid; zero when None
+    free: Float[Tensor, "1 1 i j k"] | None = None,  # where tissue may move, 0 to 1 on the working grid; everywhere when None
 ) -> Optimised:
     "Minimise the loss for one pair, coarse to fine."
     spacing = float(grid.spacing_mm[0])
@@ -166,13 +170,14 @@ def optimise(
     with tqdm(total=int(np.dot(voxels, steps)), bar_format=PROGRESS, mininterval=2, delay=0.1, file=sys.stdout) as bar:
         journal = Journal(bar, weights, on_step)
         for batch, count, work in zip(batches, steps, voxels):
-            begins = resample_field(velocity, before, parameter_grid(batch.grid))
+            place, stiffness = parameter_grid(batch.grid), 1.0 if batch is batches[-1] else 0.03
+            begins, share = resample_field(velocity, before, place), 1.0 if free is None else resample_field(free, grid, place).clamp(0, 1)
             change = torch.zeros_like(begins).requires_grad_()
-            for row in descend(batch, begins, change, count, step_mm, similarity, weights, 1.0 if batch is batches[-1] else 0.03):
-                journal.note(row, work, partial(look_at, begins, change, batch, dice))
+            for row in descend(batch, begins, change, count, step_mm, similarity, weights, stiffness, share):
+                journal.note(row, work, partial(look_at, begins, change, batch, dice, share))
                 if journal.stopped:
                     break
-            velocity, before = velocity_of(begins, change.detach()), parameter_grid(batch.grid)
+            velocity, before = velocity_of(begins, change.detach(), share), place
             if journal.stopped:
                 break
     return Optimised(velocity, before, pd.DataFrame(journal.rows), journal.stopped)

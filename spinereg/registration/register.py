@@ -29,6 +29,7 @@ from ..files.transforms import SpineTransform, read_transform
 from ..files.volumes import read_image, whole_numbers
 from ..losses.objective import TERMS, Weights
 from ..losses.similarity import Similarity, similarity_of
+from .bones_first import bones_first
 from .networks import Trained, load_network, predict
 from .optimise import Optimised, make_transform, optimise
 from .prealign import RigidStart, rigid_start
@@ -125,7 +126,7 @@ class RegisterSettings(Inputs):
     "The arguments of `register`."
 
     caller: ClassVar[str] = "register"
-    method: str = "optimise"  # how the velocity is found: "optimise", "network", or "rigid" (pre-alignment alone)
+    method: str = "optimise"  # how the map is found: "optimise", "polyrigid" (bones first), "network", or "rigid" (pre-alignment alone)
     weights: str | Path | None = None  # of the network: a file, or the folder that `fit` wrote
     polish: int = 0  # optimiser steps after the network, on the finest level
     similarity: str | Similarity = "lncc"  # a name in SIMILARITIES, such as "lncc", "mind" or "mi"; or an object such as LNCC(radius=3)
@@ -146,13 +147,15 @@ class RegisterSettings(Inputs):
 
     def faults(self) -> list[str]:
         "What makes no sense; empty texts where nothing is wrong."
-        found = [one_of("method", self.method, ("optimise", "network", "rigid")), fault_of(similarity_of, self.similarity)]
+        found = [one_of("method", self.method, ("optimise", "polyrigid", "network", "rigid")), fault_of(similarity_of, self.similarity)]
         found += [in_range("step_mm", self.step_mm, 1e-3, 10), whole("polish", self.polish, 0), schedule_fault(self.levels, self.steps)]
         found += [in_range(name, value, 0, 1e6) for name, value in vars(self).items() if name.startswith("weight_")]
         if (self.method == "network") != (self.weights is not None):
             found.append(f"method={self.method!r}, weights={self.weights!r}: expected method='network' with the weights of one, or neither")
         if self.polish and self.method != "network":
             found.append(f"polish={self.polish!r}: expected 0, or method='network' before it")
+        if self.method == "polyrigid" and self.moving_labels is None:
+            found.append("method='polyrigid': expected moving_labels, which say where bone is; method='optimise' does without")
         if not isinstance(self.rigidify, bool) or (self.rigidify and self.moving_labels is None):
             found.append(f"rigidify={self.rigidify!r}: expected False, or True with moving_labels, which say where bone is")
         return [*super().faults(), self.labels_fault(), *found]
@@ -310,12 +313,18 @@ def carry_out(
     "A registration from its settings to its result."
     trained = load_network(settings.weights, choose_device(settings.device)) if settings.method == "network" else None
     prepared, notices = prepare(settings), ()
-    found = find_velocity(settings, prepared, trained, on_step)
-    transform = make_transform(found.velocity, found.grid, prepared.start.rigid)
+    if settings.method == "polyrigid":
+        given = prepared.pair, prepared.scene, prepared.grid, similarity_of(settings.similarity)
+        transform, found, _, notices = bones_first(*given, settings.weight_diffusion, settings.levels, settings.steps, settings.step_mm, on_step)
+    else:
+        found = find_velocity(settings, prepared, trained, on_step)
+        transform = make_transform(found.velocity, found.grid, prepared.start.rigid)
     prepared.clock.lap("optimise")
     if settings.rigidify:
         transform, _, notices = rigid_in_bone(transform, prepared.scene.labels, prepared.grid)
         prepared.clock.lap("rigidify")
+    for notice in notices:
+        print(notice)
     return conclude(prepared, transform, found.history, settings.as_dict(), settings.out_dir, found.stopped, notices)
 
 # %% ../../nbs/48_registration.register.ipynb #3dbaee61
@@ -327,7 +336,7 @@ def register(
     fixed_labels: str | Path | None = None,  # vertebrae of the fixed image, for measuring only
     landmarks: str | Path | None = None,  # CSV of matching points, for measuring only
     out_dir: str | Path | None = None,  # folder of the result files; None writes none
-    method: str = "optimise",  # how the velocity is found: "optimise", "network", or "rigid" (pre-alignment alone)
+    method: str = "optimise",  # how the map is found: "optimise", "polyrigid" (bones first), "network", or "rigid" (pre-alignment alone)
     weights: str | Path | None = None,  # of the network: a file, or the folder that `fit` wrote
     polish: int = 0,  # optimiser steps after the network, on the finest level
     moving_modality: str = "auto",  # "auto", "ct" or "mr"
