@@ -1,0 +1,126 @@
+"Every vertebra searched for itself, and the map that is built on them."
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.spatial.transform import Rotation
+
+from spinereg import register
+from spinereg.files.pairs import read_pair
+from spinereg.registration.poses import find_poses, joint_cost
+from spinereg.registration.prealign import rigid_start, searchable
+from spinereg.registration.search import motion_about
+from spinereg.space.fields import warp
+from spinereg.space.geometry import Grid, crop_grid, transform_points
+from spinereg.space.images import label_centres_mm
+from spinereg.space.polyrigid import Polyrigid, distance_map, flow_on
+from spinereg.space.rigid import rotation_angle_deg
+
+SAMPLES = Path(__file__).parent.parent / "data_samples/test"
+
+
+@pytest.fixture(scope="module")
+def pair():
+    folder = SAMPLES / "clinical_0"
+    return read_pair(folder / "mr_t1.nii.gz", folder / "ct.nii.gz", folder / "ct_mask.nii.gz")
+
+
+def errors(pair, poses, truth):
+    "Mean distance of each vertebra's bone from its true place, mm, and the angle, degrees."
+    found = []
+    for k, (pose, true) in enumerate(zip(poses, truth), start=1):
+        y = transform_points(pair.moving.grid.affine, (pair.moving_labels.data == k).nonzero().double())
+        x = transform_points(np.linalg.inv(true), y)
+        angle = rotation_angle_deg((pose @ torch.from_numpy(np.linalg.inv(true)))[:3, :3])
+        found.append(((transform_points(pose.numpy(), x) - y).norm(dim=1).mean().item(), float(angle)))
+    return np.array(found)
+
+
+def images(pair):
+    return (searchable(pair.fixed, pair.fixed_modality), pair.fixed.grid), (searchable(pair.moving, pair.moving_modality), pair.moving.grid)
+
+
+def test_every_vertebra_of_the_sample_is_found_to_a_fraction_of_a_millimetre(pair):
+    """Oblique thick slices; the true motions are those that the case was made with."""
+    names = pair.moving_labels.names
+    truth = {row["name"]: np.array(row["matrix"]) for row in json.loads((SAMPLES / "clinical_0/truth.json").read_text())["vertebrae"]}
+    start = rigid_start(pair, "search").rigid
+    found = find_poses(*images(pair), pair.moving_labels.data, len(names), start)
+    whole = found.share.numpy() > 0.95
+    rigid, true = torch.from_numpy(start).expand(len(names), 4, 4), [truth[name] for name in names]
+    before, now = (errors(pair, poses, true)[whole] for poses in (rigid, found.poses))
+    assert whole.sum() >= 5 and before[:, 0].mean() > 1.5
+    assert now[:, 0].max() < 0.35 and now[:, 0].mean() < 0.2 and now[:, 1].max() < 0.7
+    assert (found.alike[torch.from_numpy(whole)] > 0.2).all()
+
+
+def test_joints_that_turned_by_twelve_degrees_each_are_followed_along_the_spine(pair):
+    """The CT itself, bent by an exact polyrigid map whose end vertebrae are centimetres from where any rigid motion puts them."""
+    labels, grid, n = pair.moving_labels.data, pair.moving.grid, 4
+    names = pair.moving_labels.names[1 : n + 1]
+    labels = torch.where((labels >= 2) & (labels <= n + 1), labels - 1, 0)
+    centres = label_centres_mm(labels, grid, n)
+    poses = [np.eye(4)]
+    for upper, lower in zip(centres, centres[1:]):
+        turn, joint = np.eye(4), (upper + lower) / 2
+        turn[:3, :3] = Rotation.from_rotvec(np.deg2rad([12.0, 2.0, 0.0])).as_matrix()
+        turn[:3, 3] = joint - turn[:3, :3] @ joint
+        poses.append(turn @ poses[-1])
+    maps = tuple(distance_map(labels == k, grid) for k in range(1, n + 1))
+    bent = Polyrigid(maps, torch.from_numpy(np.stack(poses)), torch.from_numpy(poses[1]))
+    moving = searchable(pair.moving, "ct")
+    fixed = warp(moving[None, None], grid, grid, flow_on(bent, grid), poses[1])[0, 0]
+    found = find_poses((fixed, grid), (moving, grid), labels, n, poses[1])
+    there = pair._replace(moving_labels=replace(pair.moving_labels, data=labels, names=names))
+    off = errors(there, found.poses, poses)[found.share.numpy() > 0.95]
+    assert len(off) >= 3 and errors(there, torch.from_numpy(poses[1]).expand(n, 4, 4), poses)[:, 0].max() > 8
+    assert off[:, 0].max() < 0.4 and np.median(off[:, 1]) < 0.2
+
+
+def test_poses_turn_with_the_world(pair):
+    turn = np.eye(4)
+    turn[:3, :3], turn[:3, 3] = Rotation.from_rotvec([0.2, -0.3, 0.25]).as_matrix(), [30, -20, 10]
+    labels, (fixed, moving), keep = pair.moving_labels.data, images(pair), 3  # whole vertebrae
+    start, labels = rigid_start(pair, "search").rigid, torch.where((labels >= 3) & (labels < 3 + keep), labels - 2, 0)
+    here = find_poses(fixed, moving, labels, keep, start).poses
+    turned = [(image, Grid(grid.shape, turn @ grid.affine)) for image, grid in (fixed, moving)]
+    there = find_poses(*turned, labels, keep, turn @ start @ np.linalg.inv(turn)).poses
+    assert (torch.from_numpy(np.linalg.inv(turn)) @ there @ torch.from_numpy(turn) - here).abs()[:, :3, :3].max() < 5e-3
+
+
+def test_what_a_joint_costs_does_not_depend_on_where_both_went():
+    generator = torch.Generator().manual_seed(0)
+    joint, D = torch.tensor([[5.0, -60, 20]]).double(), motion_about(torch.tensor([[0.03, -0.02, 0.01, 1, 2, -1]]).double(), torch.zeros(3).double())
+    costs = [joint_cost(M, M @ D, joint) for M in motion_about(torch.randn(5, 6, generator=generator).double(), torch.zeros(3).double())[:, None]]
+    assert torch.allclose(torch.cat(costs), joint_cost(torch.eye(4)[None].double(), D, joint).expand(5))
+
+
+def test_a_map_with_bones_first_is_rigid_in_them_and_needs_labels(tmp_path):
+    folder = SAMPLES / "easy_0"
+    files = {"fixed": folder / "mr_t1.nii.gz", "moving": folder / "ct.nii.gz", "landmarks": folder / "landmarks.csv"}
+    quick = {"method": "polyrigid", "spacing_mm": 2.0, "levels": (2,), "steps": (20,), "device": "cpu"}
+    with pytest.raises(ValueError, match="expected moving_labels"):
+        register(**files, **quick)
+    result = register(**files, **quick, moving_labels=folder / "ct_mask.nii.gz", out_dir=tmp_path)
+    bone = next(gain for gain in result.metrics.landmarks if gain.now.group == "bone")
+    assert bone.now.mean_mm < 0.25 < 1 < bone.prealigned_mean_mm
+    assert result.vertebrae.residual_max_mm.max() < 1e-3 and result.metrics.field.n_folds == 0
+    assert json.loads((tmp_path / "metrics.json").read_text())["prealign"]["confidence"] > 1
+
+
+def test_a_vertebra_out_of_view_is_left_to_its_neighbours_and_told(pair, capsys, tmp_path):
+    """The upper half of the MR: what lies below it is named, and the map is still made."""
+    n = pair.fixed.grid.shape[2]
+    low = crop_grid(pair.fixed.grid, [0, 0, n // 2], pair.fixed.grid.shape)
+    import nibabel as nib
+
+    nib.save(nib.Nifti1Image(pair.fixed.data[:, :, n // 2 :].numpy(), low.affine), tmp_path / "mr.nii.gz")
+    folder = SAMPLES / "clinical_0"
+    quick = {"method": "polyrigid", "spacing_mm": 3.0, "levels": (2,), "steps": (5,), "device": "cpu"}
+    result = register(tmp_path / "mr.nii.gz", folder / "ct.nii.gz", folder / "ct_mask.nii.gz", **quick)
+    assert "too little in view to be looked for: " in capsys.readouterr().out
+    assert result.vertebrae.residual_max_mm.max() < 1e-3 and "L5" not in result.vertebrae.index
