@@ -12,7 +12,6 @@ from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
-import nbformat
 import numpy as np
 import pandas as pd
 import torch
@@ -99,10 +98,10 @@ def in_browser(count=40):
     return f"{1000 * np.median(seconds):.0f} ms median, {1000 * np.quantile(seconds, 0.9):.0f} ms at 90 %"
 
 
-def train(folder, watch, steps):
-    "Seconds of some training steps with a callback, the first left out."
+def train(folder, watch, steps, data_dir=SAMPLES, **more):
+    "Seconds of some training steps with a callback and other settings, the first step left out."
     settings = {"spacing_mm": 2.0, "crop": (32, 64, 64), "crops_per_case": 1, "prealign": "header", "similarity": "lncc", "logger": "none"}
-    settings |= {"cache_dir": Path(folder) / "prepared", "epochs_similarity": steps, "epochs_rigidity": 0, "validate_every": steps + 1}
+    settings |= {"cache_dir": Path(folder) / "prepared", "epochs_similarity": steps, "epochs_rigidity": 0, "validate_every": steps + 1} | more
     times = []
 
     def step(told):
@@ -111,7 +110,7 @@ def train(folder, watch, steps):
         times.append(time.perf_counter())
         told.stop = len(times) == steps
 
-    fit(SAMPLES, Path(folder) / str(time.time()), on_step=step, **settings)
+    fit(data_dir, Path(folder) / str(time.time()), on_step=step, **settings)
     return times[-1] - times[0]
 
 
@@ -147,6 +146,8 @@ print(json.dumps(said | {{"drawing_s": round(monitor.draws.spent + monitor.looks
 
 def long():
     "A run of 500 steps under papermill: size of the notebook, open figures, growth of memory after the first 50 steps."
+    import nbformat
+
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "long.ipynb"
         kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}

@@ -31,7 +31,7 @@ from spinereg.losses.objective import apply_velocity, batch_on_grid, moved_label
 from spinereg.losses.similarity import MIND
 from spinereg.phantom.cases import make_case, write_case
 from spinereg.registration.networks import UNet, predict
-from spinereg.registration.results import _peak_rss
+from spinereg.registration.run import peak_memory_bytes
 from spinereg.space.geometry import Grid
 
 SIZE, VERTEBRAE = (64, 128, 64), 3
@@ -201,9 +201,9 @@ def peak_gb(kind: type, path: Path, threads: int) -> float:
     "Memory that one whole step adds to a process."
     torch.set_num_threads(threads)
     side = kind(Inputs(**torch.load(path, weights_only=True)))
-    before = _peak_rss()
+    before = peak_memory_bytes()
     step(side)
-    return (_peak_rss() - before) / 1e9
+    return (peak_memory_bytes() - before) / 1e9
 
 
 def alone(function, *given):
