@@ -15,12 +15,13 @@ import psutil
 import pytest
 import torch
 from scipy.interpolate import BSpline
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import gaussian_filter, map_coordinates
 
 from spinereg.compare.elastix import (
     ElastixError,
     ElastixSettings,
     bone_mask,
+    bone_numbers,
     parameter_map,
     read_disp,
     read_history,
@@ -77,8 +78,8 @@ def test_e2_missing_extra_is_an_error_with_the_pip_line(monkeypatch):
 def test_settings_that_make_no_sense_are_refused_by_name():
     with pytest.raises(ValueError, match=r"(?s)iterations=0.*samples=99.*grid_spacing_mm=3\.0.*weight_similarity=0\.0:.*timeout_s=0"):
         ElastixSettings(**USUAL | {"iterations": 0, "samples": 99, "grid_spacing_mm": 3.0, "weight_similarity": 0.0, "timeout_s": 0.0})
-    with pytest.raises(ValueError, match="weight_rigidity=-1"):
-        ElastixSettings(**USUAL | {"weight_rigidity": -1.0})
+    with pytest.raises(ValueError, match=r"weight_rigidity=-1.*penalty='soft': expected one of conditions, distances"):
+        ElastixSettings(**USUAL | {"weight_rigidity": -1.0, "penalty": "soft"})
 
 
 def test_defaults_are_the_same_wherever_they_stand():
@@ -152,6 +153,23 @@ def test_mask_is_the_moving_bone_after_pre_alignment():
     mask = bone_mask(Scene(empty, grid, empty, grid, rigid, labels), grid)
     assert torch.equal(mask.nonzero().amin(0), torch.tensor([2, 4, 5])) and mask.sum() == 64 and mask.max() == 1
     assert bone_mask(Scene(empty, grid, empty, grid, rigid, None), grid) is None
+    assert bone_numbers(Scene(empty, grid, empty, grid, rigid, None), grid) is None
+
+
+def test_no_two_neighbours_have_the_same_number_and_none_is_above_five():
+    """elastix leaves numbers above five soft, and reads beside a point at the face without asking whether anything is there."""
+    grid = Grid((12, 12, 60), np.eye(4))
+    data = torch.arange(60).div(5, rounding_mode="floor").add(1).expand(12, 12, 60)
+    names = tuple(f"T{n}" for n in range(1, 13))
+    empty, space = torch.zeros(1, 1, *grid.shape), NativeSpace(Path("labels.nii.gz"), nib.Nifti1Header(), grid.affine, grid)
+    labels = Labels(data, names, tuple(range(8, 20)), grid, space)
+    numbers = bone_numbers(Scene(empty, grid, empty, grid, np.eye(4), labels), grid)
+    points = numbers[::4, ::4, ::4]
+    faces = torch.ones_like(points, dtype=torch.bool)
+    faces[1:-1, 1:-1, 1:-1] = False
+    assert not points[faces].any()
+    line = numbers[4, 4, 4:53]
+    assert set(line.tolist()) == {1, 2, 3, 4, 5} and (line[5:] != line[:-5]).all(), "bones of five voxels each"
 
 
 # with elastix
@@ -232,24 +250,85 @@ def test_b5_penalty_is_that_of_the_field_where_the_moving_mask_is(ran):
     assert np.square(np.linalg.det(J[c]) - 1).mean() == pytest.approx(last.pc, rel=1e-6)
 
 
+SLABS = torch.zeros(GRID.shape)
+SLABS[6:22, 6:20, 4:12], SLABS[6:22, 6:20, 12:20] = 1, 2  # two bones that touch
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    "The folder of a short run that keeps distances in two bones."
+    folder = tmp_path_factory.mktemp("kept")
+    settings = parameter_map(iterations=8, samples=4096, penalty="distances", spacing_mm=2.0, weight_rigidity=0.01)
+    write_inputs(folder, pair(), SLABS, settings | {"WriteTransformParametersEachIteration": ["true"]})
+    run_child(folder, 24, 300.0)
+    return folder
+
+
 @needs_elastix
-def test_b5_penalty_halves_the_strain_of_bone_and_files_are_those_of_register(tmp_path):
+def test_b5_distances_are_those_of_neighbours_in_one_bone(kept):
+    """B5: what elastix reports is the change of the distances between points 4 mm apart, each with its neighbours in the same bone."""
+    lines = (kept / "TransformParameters.0.R2.It0000006.txt").read_text().splitlines()  # what step 7 began with
+    words = {line[1:-1].split()[0]: line[1:-1].split()[1:] for line in lines if line.startswith("(")}
+    size, spacing, origin = (np.array(words[f"Grid{name}"], float) for name in ("Size", "Spacing", "Origin"))
+    coefficients = np.array(words["TransformParameters"], float).reshape(3, *size[::-1].astype(int)).transpose(0, 3, 2, 1)
+    number = SLABS[::2, ::2, ::2].numpy()
+    x = np.stack(np.indices(number.shape), -1) * 4.0
+    u = [map_coordinates(c, ((x - origin) / spacing).transpose(3, 0, 1, 2), order=3, prefilter=False, mode="nearest") for c in coefficients]
+    there, means = x + np.stack(u, -1), []
+    for at in zip(*np.nonzero(number)):
+        near = [tuple(np.add(at, step) - 1) for step in np.ndindex(3, 3, 3)]
+        near = [n for n in near if number[n] == number[at]]
+        changes = [((there[n] - there[at]) ** 2).sum() - ((x[n] - x[at]) ** 2).sum() for n in near]
+        means.append(np.mean(np.square(changes)))
+    last = read_history(kept, 2.0).iloc[-1]
+    assert len(means) > 200 and last.distances_mm4 > 0.01
+    assert np.mean(means) == pytest.approx(last.distances_mm4, rel=1e-5)
+
+
+def strain(result):
+    "Of the moved vertebrae, by differences."
+    J = jacobian(result.transform.disp_on(result.view.grid), result.view.grid)[0][result.view.labels > 0]
+    return (J.mT @ J - torch.eye(3)).square().sum((1, 2)).mean()
+
+
+def bone_of(result):
+    "Landmarks on bone."
+    return next(gain for gain in result.metrics.landmarks if gain.now.group == "bone")
+
+
+@pytest.fixture(scope="module")
+def files():
+    names = {"fixed": "mr_t1", "moving": "ct", "moving_labels": "ct_mask", "fixed_labels": "mr_mask"}
+    return {key: CASE / f"{name}.nii.gz" for key, name in names.items()} | {"landmarks": CASE / "landmarks.csv"}
+
+
+@pytest.fixture(scope="module")
+def free(files):
+    "A case registered without a penalty."
+    return register_elastix(**files, weight_rigidity=0.0, **QUICK)
+
+
+@needs_elastix
+def test_b5_penalty_halves_the_strain_of_bone_and_files_are_those_of_register(files, free, tmp_path):
     """B5: the same seed without and with it; the strain of the moved vertebrae, by differences, falls to less than half.
 
     The files are those of `register`; the history tells of the penalty only where there is one.
     """
-    names = {"fixed": "mr_t1", "moving": "ct", "moving_labels": "ct_mask", "fixed_labels": "mr_mask"}
-    files = {key: CASE / f"{name}.nii.gz" for key, name in names.items()} | {"landmarks": CASE / "landmarks.csv"}
-    free, result = register_elastix(**files, weight_rigidity=0.0, **QUICK), register_elastix(**files, out_dir=tmp_path, **QUICK)
-    strains = []
-    for each in (free, result):
-        J = jacobian(each.transform.disp_on(each.view.grid), each.view.grid)[0][each.view.labels > 0]
-        strains.append((J.mT @ J - torch.eye(3)).square().sum((1, 2)).mean())
-    assert strains[1] < 0.5 * strains[0]
+    result = register_elastix(**files, out_dir=tmp_path, **QUICK)
+    assert strain(result) < 0.5 * strain(free)
     found = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
     whole = {"transform.h5", "inverse.h5", "disp.nii.gz", "moved.nii.gz", "moved_labels.nii.gz", "vertebrae.csv", "metrics.json", "overview.png"}
     assert found == whole | {f"vertebrae/{name}.tfm" for name in result.vertebrae.index}
     assert result.metrics.parameters["itk_elastix"] == version("itk-elastix")
     assert list(free.history) == ["level_mm", "step", "similarity"]
-    bone = next(gain for gain in result.metrics.landmarks if gain.now.group == "bone")
-    assert bone.now.mean_mm < 0.7 * bone.start_mean_mm
+    assert bone_of(result).now.mean_mm < 0.7 * bone_of(result).start_mean_mm
+
+
+@needs_elastix
+def test_b5_keeping_distances_halves_the_strain_too_though_the_images_change_places(files, free):
+    """B5: the map is still fixed -> moving, and it and its inverse undo each other."""
+    result = register_elastix(**files, penalty="distances", **QUICK)
+    assert strain(result) < 0.5 * strain(free)
+    assert list(result.history) == ["level_mm", "step", "similarity", "distances_mm4"]
+    assert bone_of(result).now.mean_mm < 0.7 * bone_of(result).start_mean_mm
+    assert result.metrics.field.inverse_after_forward.mean_mm < 0.05
