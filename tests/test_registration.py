@@ -490,7 +490,7 @@ def test_d5_a_registration_that_fails_lets_go_of_its_memory():
     held = []
 
     def fails(step):
-        held.append(weakref.ref(step.look.args[1].moving))
+        held.append(weakref.ref(step.look.args[2].moving))
         raise RuntimeError("out of memory")
 
     with pytest.raises(RuntimeError, match="out of memory") as caught:

@@ -8,7 +8,7 @@ __all__ = ['RADIUS', 'JOINT_SD_DEG', 'JOINT_SD_MM', 'JOINT_TURNS_DEG', 'JOINT_SH
            'joint_cost', 'joint_motions', 'compare_bones', 'next_vertebra', 'chain', 'climb_together', 'Poses',
            'find_poses']
 
-# %% ../../nbs/42a_registration.poses.ipynb #4cfc25aa
+# %% ../../nbs/42a_registration.poses.ipynb #6202573d
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
@@ -21,11 +21,12 @@ from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
 from ..losses.similarity import box_mean, entropies, joint_histogram
-from .search import UNIT, Compared, climb, describe, dilate, motion_about, self_similarity
+from .coil import dilate
+from .search import UNIT, Compared, climb, describe, motion_about, self_similarity
 from ..space.geometry import Grid, inside, sample_index, transform_points
 from ..space.images import blur, coarsen, label_centres_mm
 
-# %% ../../nbs/42a_registration.poses.ipynb #dfe14109
+# %% ../../nbs/42a_registration.poses.ipynb #05393fb3
 class Patches(NamedTuple):
     "The surroundings of every vertebra, on a lattice each."
 
@@ -67,7 +68,7 @@ def one_patch(
     near &= inside(index, grid.shape, 0.0).view(count)
     return transform_points(grid.affine, index)[near.flatten()], read[0][near.flatten()], near.nonzero()
 
-# %% ../../nbs/42a_registration.poses.ipynb #abda7f69
+# %% ../../nbs/42a_registration.poses.ipynb #a45b3a3d
 def make_patches(
     fixed: tuple[Float[Tensor, "i j k"], Grid],  # image, 0 to 1, and its grid
     moving: tuple[Float[Tensor, "x y z"], Grid],
@@ -89,7 +90,7 @@ def make_patches(
     weight = filled([torch.ones_like(part[1]) for part in parts])
     return Patches(points, value, weight, place, tuple(shape.tolist()), smooth[0], fixed[1])
 
-# %% ../../nbs/42a_registration.poses.ipynb #c4c8a22f
+# %% ../../nbs/42a_registration.poses.ipynb #18ccf878
 RADIUS = 2  # of the window of local correlation, points
 
 
@@ -147,7 +148,7 @@ def likeness(at: Look, motion: Float[Tensor, "n 4 4"]) -> Float[Tensor, " n"]:
     value = at.patches.read(motion)[0]
     return (correlation(at, value) + information(at, value)) * at.share
 
-# %% ../../nbs/42a_registration.poses.ipynb #1aaf0f56
+# %% ../../nbs/42a_registration.poses.ipynb #f0bd958f
 JOINT_SD_DEG, JOINT_SD_MM = 5.0, 2.0  # how much a joint turns and shifts between two scans
 
 
@@ -162,7 +163,7 @@ def joint_cost(
     turn2 = (3 - D[..., :3, :3].diagonal(dim1=-2, dim2=-1).sum(-1)).clamp_min(0)
     return (turn2 / np.deg2rad(JOINT_SD_DEG) ** 2 + shift.square().sum(-1) / JOINT_SD_MM**2) / 2
 
-# %% ../../nbs/42a_registration.poses.ipynb #d2149e5f
+# %% ../../nbs/42a_registration.poses.ipynb #030f031d
 JOINT_TURNS_DEG = (-16.0, -8.0, 0.0, 8.0, 16.0), (-6.0, 0.0, 6.0), (-6.0, 0.0, 6.0)  # about the axes right, front and up
 JOINT_SHIFTS_MM = ((0.0, 0.0, 0.0), *(tuple(sign * 3.0 * axis) for axis in np.eye(3) for sign in (1, -1)))
 PRIOR = 0.004  # of the joints beside the likeness
@@ -175,7 +176,7 @@ def joint_motions(joint_mm: Float[Tensor, "3"]) -> Float[Tensor, "b 4 4"]:
     twist = torch.cat([turns.repeat_interleave(len(shifts), 0), shifts.repeat(len(turns), 1)], 1)
     return motion_about(twist.to(joint_mm), joint_mm)
 
-# %% ../../nbs/42a_registration.poses.ipynb #dfd552ee
+# %% ../../nbs/42a_registration.poses.ipynb #2991b811
 def compare_bones(
     fixed: tuple[Float[Tensor, "i j k"], Grid],
     moving: tuple[Float[Tensor, "x y z"], Grid],
@@ -212,7 +213,7 @@ def next_vertebra(
     climbed = climb(partial(score, at), torch.cat([few, own, known[None]]), at.points_mm.mean(0), 0.7, 30)
     return climbed[score(at, climbed).argmax()]
 
-# %% ../../nbs/42a_registration.poses.ipynb #0f1b5ddc
+# %% ../../nbs/42a_registration.poses.ipynb #95eb53d4
 def chain(
     compared: Sequence[Compared],
     joints_mm: Float[Tensor, "m 3"],  # between each vertebra and the next, moving world
@@ -228,7 +229,7 @@ def chain(
         found[k] = next_vertebra(compared[k], found[other], joints_mm[min(k, other)], own[k : k + 1])
     return found
 
-# %% ../../nbs/42a_registration.poses.ipynb #f9eaf6cd
+# %% ../../nbs/42a_registration.poses.ipynb #0ddf1f93
 def climb_together(
     patches: Patches,
     motion: Float[Tensor, "n 4 4"],  # moving -> fixed
@@ -254,7 +255,7 @@ def climb_together(
         schedule.step()
     return moved().detach()
 
-# %% ../../nbs/42a_registration.poses.ipynb #80eb979a
+# %% ../../nbs/42a_registration.poses.ipynb #00f27172
 class Poses(NamedTuple):
     "Where the vertebrae are."
 

@@ -7,7 +7,7 @@ __all__ = ['LEAST_OVERLAP', 'overlap', 'align_centres', 'searchable', 'mask_agre
            'numbering_shift', 'numbering_fault', 'need_overlap', 'first_guess', 'search_distance', 'start_notices',
            'RigidStart', 'search_pair', 'rigid_start']
 
-# %% ../../nbs/42_registration.prealign.ipynb #be24b5ab
+# %% ../../nbs/42_registration.prealign.ipynb #054e6d27
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -26,12 +26,13 @@ from ..files.problems import InputError, InputFile, Notice, Problem
 from ..files.transforms import read_rigid
 from ..files.volumes import Labels, Volume, box_text, normalise
 from ..losses.similarity import nmi
-from .search import WHY, Compared, Found, climb, compare_points, flatten, make_view, random_motions, search
+from .coil import flatten
+from .search import WHY, Compared, Found, climb, compare_points, make_view, random_motions, search
 from ..space.geometry import Grid, index_map, inside, transform_points
 from ..space.images import label_centres_mm
 from ..space.rigid import motion_matrix, procrustes, rotation_angle_deg
 
-# %% ../../nbs/42_registration.prealign.ipynb #46bd8572
+# %% ../../nbs/42_registration.prealign.ipynb #c7a11d77
 def overlap(
     fixed_grid: Grid,
     moving_grid: Grid,
@@ -46,7 +47,7 @@ def overlap(
     at = transform_points(index_map(small, large, way), index)
     return float(inside(at, large.shape).double().mean())
 
-# %% ../../nbs/42_registration.prealign.ipynb #e88549c4
+# %% ../../nbs/42_registration.prealign.ipynb #7fd0c9fd
 def align_centres(
     fixed_grid: Grid,
     moving_grid: Grid,
@@ -56,7 +57,7 @@ def align_centres(
     matrix[:3, 3] = moving_grid.centre_mm - fixed_grid.centre_mm
     return matrix
 
-# %% ../../nbs/42_registration.prealign.ipynb #7cac3cbd
+# %% ../../nbs/42_registration.prealign.ipynb #7c7d1246
 def searchable(
     image: Volume,
     modality: str,  # "ct" or "mr"
@@ -65,7 +66,7 @@ def searchable(
     scaled = normalise(image, modality)
     return flatten(scaled, image.grid) if modality == "mr" else scaled
 
-# %% ../../nbs/42_registration.prealign.ipynb #79b648d4
+# %% ../../nbs/42_registration.prealign.ipynb #892e6e4f
 def mask_agreement(at: Compared, motion: Float[Tensor, "b 4 4"]) -> Float[Tensor, " b"]:  # 1 to 2
     "How well the fixed mask tells the moving one, where it is known."
     read, seen = at.read(motion, at.fixed.value)
@@ -90,7 +91,7 @@ def climb_masks(
     best = climb(partial(mask_agreement, fine), found[mask_agreement(fine, found).argmax()][None], centre, 0.2, 60)
     return np.linalg.inv(best[0].double().cpu().numpy())
 
-# %% ../../nbs/42_registration.prealign.ipynb #8401afe2
+# %% ../../nbs/42_registration.prealign.ipynb #ba4045db
 def align_labels(
     fixed: Labels,
     moving: Labels,
@@ -108,7 +109,7 @@ def align_labels(
     start = motion_matrix(procrustes(*centres, weight, one_body, 1, prior=0.02))[0].numpy()
     return climb_masks((bones[0].float(), fixed.grid), (bones[1].float(), moving.grid), start, seed)
 
-# %% ../../nbs/42_registration.prealign.ipynb #6df71370
+# %% ../../nbs/42_registration.prealign.ipynb #385f7bdb
 def numbering_shift(
     fixed: Labels,
     moving: Labels,
@@ -136,7 +137,7 @@ def numbering_fault(
     shift = 0 if fixed is None or moving is None else numbering_shift(fixed, moving, rigid)
     return f"after pre-alignment each vertebra lies on the one {'below' if shift > 0 else 'above'} it in the moving image" if shift else ""
 
-# %% ../../nbs/42_registration.prealign.ipynb #a16a1124
+# %% ../../nbs/42_registration.prealign.ipynb #f2661a8e
 LEAST_OVERLAP = 0.05  # of the smaller field of view
 
 
@@ -153,7 +154,7 @@ def need_overlap(
         fix = "Use prealign='centres', 'labels' or a transform file, or check the headers."
         raise InputError(Problem("pair", f"{pair.fixed.native.path}, {pair.moving.native.path}", reason, fix))
 
-# %% ../../nbs/42_registration.prealign.ipynb #7aa02a31
+# %% ../../nbs/42_registration.prealign.ipynb #93f808ac
 def first_guess(
     pair: Pair,
     how: str | Path | np.ndarray,  # as in `rigid_start`
@@ -173,7 +174,7 @@ def first_guess(
         return align_centres(pair.fixed.grid, pair.moving.grid), "centres"
     return (np.eye(4), "header") if how in ("header", "search", "auto") else (read_rigid(InputFile("prealign", how)), f"file {how}")
 
-# %% ../../nbs/42_registration.prealign.ipynb #18a62368
+# %% ../../nbs/42_registration.prealign.ipynb #60d486dc
 def search_distance(
     pair: Pair,
     start: np.ndarray,  # (4, 4) where the search began
@@ -201,7 +202,7 @@ def start_notices(
         found.append(Notice("fixed_labels", pair.fixed_labels.native.path.name, f"{reason}; one map counts wrongly, or use prealign='labels'"))
     return tuple(found)
 
-# %% ../../nbs/42_registration.prealign.ipynb #0cdf9b22
+# %% ../../nbs/42_registration.prealign.ipynb #27284199
 class RigidStart(NamedTuple):
     "The rigid start of a registration."
 
