@@ -12,7 +12,6 @@ import contextlib
 import io
 import json
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,8 +21,8 @@ from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
-import pandas as pd
 import torch
+from bench import markdown
 from torch.profiler import ProfilerActivity, profile
 
 import spinereg
@@ -200,7 +199,6 @@ def measure_kernels(bench: Bench, of: str) -> dict:
 
 def measure_monitor(bench: Bench) -> dict:
     "How much longer a training takes with a monitor at its default rate, the first step left out."
-    sys.path.insert(0, str(Path(__file__).parent))
     from interactive import train
 
     from spinereg.interactive.monitor import TrainingMonitor
@@ -258,9 +256,7 @@ def table_text(rows: dict[str, dict], head: str) -> str:
     for section in dict.fromkeys(row["section"] for row in rows.values()):
         lines = [{key: value for key, value in row.items() if key != "section"} for row in rows.values() if row["section"] == section]
         if done := [line for line in lines if "left out" not in line]:
-            table = pd.DataFrame(done).fillna("").astype(str)
-            cells = [list(table), ["---"] * len(table.columns), *table.to_numpy().tolist()]
-            parts.append(f"## {section}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in cells))
+            parts.append(f"## {section}\n\n{markdown(done)}")
     return "\n\n".join([*parts, *(["## Left out\n\n" + "\n".join(left_out)] if left_out else [])]) + "\n"
 
 

@@ -9,9 +9,9 @@ import json
 from pathlib import Path
 
 import pandas as pd
+from bench import keep_rows, phantom_case
 
 import spinereg
-from spinereg.phantom.cases import make_case, write_case
 
 
 def measure(case: Path, settings: dict) -> dict:
@@ -51,11 +51,9 @@ def main():
     rows = []
     for difficulty in given.difficulties:
         for seed in given.seeds:
-            case = given.out.parent / f"{difficulty}_{seed}"
-            if not (case / "truth.json").exists():
-                write_case(case, make_case(difficulty, seed))
+            case = phantom_case(given.out.parent / f"{difficulty}_{seed}", difficulty, seed)
             rows.append({"case": case.name, **measure(case, settings)})
-            given.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            keep_rows(given.out, rows)
     print(pd.DataFrame(rows).round(3).to_string(index=False))
 
 

@@ -8,31 +8,19 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from bench import measure_map
 
 import spinereg
 from spinereg.files.foreign import read_map
 from spinereg.files.pairs import Pair, read_pair
 from spinereg.files.transforms import SpineTransform
-from spinereg.registration.results import measure_all
 from spinereg.registration.scene import make_scene, working_grid
 
 
 def measure(pair: Pair, transform: SpineTransform) -> dict:
     "What a field does to a pair."
     scene = make_scene(pair, transform.rigid, torch.device("cpu"))
-    figures = measure_all(pair, transform, scene, working_grid(scene)).figures
-    bone = next(gain for gain in figures.landmarks if gain.now.group == "bone")
-    return {
-        "residual_mm": figures.rigidity.residual_max_max_mm,
-        "volume_percent": figures.vertebrae.volume_change_percent.abs().max(),
-        "dice": figures.labels.now.dice,
-        "bone_tre_mm": bone.now.mean_mm,
-        "bone_p95_mm": bone.now.p95_mm,
-        "folds": figures.field.regularity.n_folded,
-        "ndv": figures.field.ndv.n_failing,
-        "inverse_p99_mm": figures.field.inverse_after_forward.p99_mm,
-        "released_percent": figures.vertebrae.released_percent.max() if transform.bones else None,
-    }
+    return measure_map(pair, transform, scene, working_grid(scene))
 
 
 def main():

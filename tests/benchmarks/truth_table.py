@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from bench import keep_rows, phantom_case
 from torch import Tensor
 
 from spinereg.losses.similarity import Similarity, similarity_of
 from spinereg.phantom.appearance import draw_appearance
-from spinereg.phantom.cases import make_case, write_case
 from spinereg.registration.optimise import make_transform
 from spinereg.registration.register import RegisterSettings, find_velocity, prepare
 from spinereg.space.geometry import transform_points
@@ -73,14 +73,12 @@ def main():
     given = parser.parse_args()
     cases, rows = list(given.cases), []
     for number in range(given.phantoms):
-        cases.append(given.out.parent / f"phantom_{number}")
-        if not (cases[-1] / "truth.json").exists():
-            look = draw_appearance(200 + number, contrast=("T1", "T2", "TIRM", "drawn")[number % 4])
-            write_case(cases[-1], make_case("clinical", 200 + number, appearance=look))
+        look = draw_appearance(200 + number, contrast=("T1", "T2", "TIRM", "drawn")[number % 4])
+        cases.append(phantom_case(given.out.parent / f"phantom_{number}", "clinical", 200 + number, look))
     for case in cases:
         for row in measure(case, given.device):
             rows.append(row)
-            given.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            keep_rows(given.out, rows)
     table = pd.DataFrame(rows)
     print(table.pivot_table(index=["case", "contrast"], columns="similarity", values="bone_mm").round(2).to_string())
 
