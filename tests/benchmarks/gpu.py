@@ -39,7 +39,7 @@ from spinereg.space.geometry import Grid
 from spinereg.space.images import blur
 
 LEVEL = 32  # voxels from one vertebra to the next
-METHODS = {"optimise": {}, "optimise, then rigidify": {"rigidify": True}, "network": {"method": "network"}}
+METHODS = {"optimise": {}, "polyrigid": {"method": "polyrigid"}, "optimise, then rigidify": {"rigidify": True}, "network": {"method": "network"}}
 
 
 @dataclass(frozen=True)

@@ -172,6 +172,7 @@ def convex_adam(start: Start) -> Tensor:
 
 RIVALS: dict[str, Callable[[Start], Found]] = {
     "ours": lambda start: asked(spinereg.register, start),
+    "ours, bones first": lambda start: asked(spinereg.register, start, method="polyrigid"),
     "ours, then rigidify": lambda start: asked(spinereg.register, start, rigidify=True),
     "one rigid motion": lambda start: asked(spinereg.register, start, method="rigid"),
     "vertebra by vertebra": lambda start: timed(one_by_one, start),
