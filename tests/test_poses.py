@@ -11,7 +11,7 @@ from scipy.spatial.transform import Rotation
 
 from spinereg import register
 from spinereg.files.pairs import read_pair
-from spinereg.registration.poses import find_poses, joint_cost
+from spinereg.registration.poses import find_poses, joint_cost, make_side
 from spinereg.registration.prealign import rigid_start, searchable
 from spinereg.registration.search import motion_about
 from spinereg.space.fields import warp
@@ -41,7 +41,8 @@ def errors(pair, poses, truth):
 
 
 def images(pair):
-    return (searchable(pair.fixed, pair.fixed_modality), pair.fixed.grid), (searchable(pair.moving, pair.moving_modality), pair.moving.grid)
+    sides = (pair.fixed, pair.fixed_modality), (pair.moving, pair.moving_modality)
+    return [make_side(searchable(volume, modality), volume.grid, modality) for volume, modality in sides]
 
 
 def test_every_vertebra_of_the_sample_is_found_to_a_fraction_of_a_millimetre(pair):
@@ -50,12 +51,11 @@ def test_every_vertebra_of_the_sample_is_found_to_a_fraction_of_a_millimetre(pai
     truth = {row["name"]: np.array(row["matrix"]) for row in json.loads((SAMPLES / "clinical_0/truth.json").read_text())["vertebrae"]}
     start = rigid_start(pair, "search").rigid
     found = find_poses(*images(pair), pair.moving_labels.data, len(names), start)
-    whole = found.share.numpy() > 0.95
+    whole = found.share.numpy() > 0.9
     rigid, true = torch.from_numpy(start).expand(len(names), 4, 4), [truth[name] for name in names]
     before, now = (errors(pair, poses, true)[whole] for poses in (rigid, found.poses))
-    assert whole.sum() >= 5 and before[:, 0].mean() > 1.5
-    assert now[:, 0].max() < 0.35 and now[:, 0].mean() < 0.2 and now[:, 1].max() < 0.7
-    assert (found.alike[torch.from_numpy(whole)] > 0.2).all()
+    assert whole.sum() >= 4 and before[:, 0].mean() > 1.5
+    assert now[:, 0].max() < 0.25 and now[:, 0].mean() < 0.15 and now[:, 1].max() < 0.6
 
 
 def test_joints_that_turned_by_twelve_degrees_each_are_followed_along_the_spine(pair):
@@ -74,7 +74,7 @@ def test_joints_that_turned_by_twelve_degrees_each_are_followed_along_the_spine(
     bent = Polyrigid(maps, torch.from_numpy(np.stack(poses)), torch.from_numpy(poses[1]))
     moving = searchable(pair.moving, "ct")
     fixed = warp(moving[None, None], grid, grid, flow_on(bent, grid), poses[1])[0, 0]
-    found = find_poses((fixed, grid), (moving, grid), labels, n, poses[1])
+    found = find_poses(make_side(fixed, grid, "ct"), make_side(moving, grid, "ct"), labels, n, poses[1])
     there = pair._replace(moving_labels=replace(pair.moving_labels, data=labels, names=names))
     off = errors(there, found.poses, poses)[found.share.numpy() > 0.95]
     assert len(off) >= 3 and errors(there, torch.from_numpy(poses[1]).expand(n, 4, 4), poses)[:, 0].max() > 8
@@ -87,7 +87,7 @@ def test_poses_turn_with_the_world(pair):
     labels, (fixed, moving), keep = pair.moving_labels.data, images(pair), 3  # whole vertebrae
     start, labels = rigid_start(pair, "search").rigid, torch.where((labels >= 3) & (labels < 3 + keep), labels - 2, 0)
     here = find_poses(fixed, moving, labels, keep, start).poses
-    turned = [(image, Grid(grid.shape, turn @ grid.affine)) for image, grid in (fixed, moving)]
+    turned = [side._replace(grid=Grid(side.grid.shape, turn @ side.grid.affine)) for side in (fixed, moving)]
     there = find_poses(*turned, labels, keep, turn @ start @ np.linalg.inv(turn)).poses
     assert (torch.from_numpy(np.linalg.inv(turn)) @ there @ torch.from_numpy(turn) - here).abs()[:, :3, :3].max() < 5e-3
 
