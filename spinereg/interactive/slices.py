@@ -30,6 +30,7 @@ from torch import Tensor
 from .live import LivePicture
 from .stack import Stack, label_centre, vertebrae_at
 from ..measure.pictures import AXIAL, CORONAL, LETTER_BOX, SAGITTAL, Plane, cut, find_outlines, show_slice
+from ..registration.report import marked
 from ..space.geometry import Grid, transform_points
 
 # %% ../../nbs/72_interactive.slices.ipynb #492f37e0
@@ -292,10 +293,11 @@ def turn_outlines(
         lines = [(line, outline.colour) for name in wanted for outline in found[name] for line in outline.lines]
         artist.set(segments=[line for line, _ in lines], color=[colour for _, colour in lines])
     written = {outline.label: outline for outlines in reversed(found.values()) for outline in outlines}
+    names = marked(stack.names, stack.vertebrae)
     for label, artist in enumerate(panel.names, start=1):
         artist.set_visible(label in written)
         if label in written:
-            artist.set(text=stack.names[label - 1], position=written[label].centre_mm)
+            artist.set(text=names[label - 1], position=written[label].centre_mm)
 
 # %% ../../nbs/72_interactive.slices.ipynb #dcfd1b2b
 def turn_panel(

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['FieldFigures', 'Likeness', 'LandmarkGain', 'LabelFigures', 'RigidityMeans', 'RunRecord', 'Figures', 'Metrics',
-           'start_doubts', 'label_doubts', 'landmark_doubts', 'image_doubts', 'map_doubts', 'doubts', 'say_vertebrae',
-           'say_map', 'say_measured', 'summarise', 'vertebra_columns', 'main_figures']
+           'certainty_of', 'start_doubts', 'label_doubts', 'landmark_doubts', 'image_doubts', 'vertebra_doubts',
+           'marked', 'map_doubts', 'doubts', 'say_vertebrae', 'say_map', 'say_measured', 'summarise',
+           'vertebra_columns', 'main_figures']
 
 # %% ../../nbs/45_registration.report.ipynb #fa53dec7
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from dataclasses import field as field_of
 from typing import NamedTuple
 
 import numpy as np
@@ -120,6 +122,7 @@ class Figures:
     motions: Mapping[str, np.ndarray]  # vertebra -> (4, 4) closest rigid motion, fixed -> moving, RAS mm
     rigidity: RigidityMeans | None = None  # None where no vertebra is in view
     seen_percent: Mapping[str, float]  # how much of each moving vertebra is in view
+    covariance: Mapping[str, np.ndarray] = field_of(default_factory=dict)  # (6, 6) how sure each motion is: turns (degrees), shifts (mm), fixed world
 
 # %% ../../nbs/45_registration.report.ipynb #d9ecb942
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -147,14 +150,21 @@ class Metrics(Figures):
             "motions": {name: matrix.tolist() for name, matrix in self.motions.items()},
             "rigidity": self.rigidity._asdict() if self.rigidity else {},
             "seen_percent": dict(self.seen_percent),
+            "certainty": {name: certainty_of(self.vertebrae.loc[name], matrix) for name, matrix in self.covariance.items()},
             "run": self.run.as_dict(),
             "summary": summarise(self),
+            "doubts": doubts(self),
             "notices": [notice._asdict() for notice in self.notices],
             "prealign": start,
             "parameters": {name: _plain(value) for name, value in self.parameters.items()},
             "seconds": dict(self.seconds),
             "environment": self.environment.as_dict(),
         }
+
+
+def certainty_of(row: pd.Series, covariance: np.ndarray) -> dict:
+    "What is known of how sure a vertebra's motion is, as `metrics.json` holds it."
+    return {name: row[name] for name in ("alike", "error_mm", "error_deg", "doubt")} | {"covariance": covariance.tolist()}
 
 
 def _plain(value: object) -> object:
@@ -191,6 +201,20 @@ def image_doubts(likeness: Likeness) -> list[str]:
     return [f"the images are hardly alike (mean squared local correlation {likeness.now:.2f})"] if likeness.now < 0.1 else []
 
 
+def vertebra_doubts(vertebrae: pd.DataFrame) -> list[str]:
+    "Vertebrae that may be in the wrong place, the least sure first."
+    if "doubt" not in vertebrae:
+        return []
+    doubted = vertebrae[vertebrae.doubt != ""].sort_values("error_mm", ascending=False)
+    return [f"{name} is {doubt}" for name, doubt in doubted.doubt.items()]
+
+
+def marked(names: Sequence[str], vertebrae: pd.DataFrame) -> tuple[str, ...]:
+    "The names of vertebrae as pictures write them, with a question mark where one is in doubt."
+    doubted = set(vertebrae.index[vertebrae.doubt != ""]) if "doubt" in vertebrae else set()
+    return tuple(f"{name} ?" if name in doubted else name for name in names)
+
+
 def map_doubts(metrics: Metrics) -> list[str]:
     "A map that folds, or was not found as the settings say."
     run, found = metrics.run, []
@@ -208,7 +232,7 @@ def doubts(
 ) -> list[str]:
     "What speaks against a result; empty where nothing that was measured does."
     measured = [*label_doubts(metrics.labels), *landmark_doubts(metrics.landmarks), *image_doubts(metrics.local_correlation)]
-    return [*start_doubts(metrics.prealign), *measured, *map_doubts(metrics)]
+    return [*start_doubts(metrics.prealign), *vertebra_doubts(metrics.vertebrae), *measured, *map_doubts(metrics)]
 
 # %% ../../nbs/45_registration.report.ipynb #6510beef
 def say_vertebrae(metrics: Metrics) -> list[str]:
@@ -271,6 +295,7 @@ def vertebra_columns(
 ) -> pd.DataFrame:  # a row per vertebra
     "The columns of the table of vertebrae most people ask for."
     wanted = ["distance_mm", "angle_deg", "relative_to", "relative_angle_deg", "residual_rms_mm", "volume_change_percent", "dice", "cut"]
+    wanted += ["error_mm", "error_deg", "doubt"]
     return metrics.vertebrae[[name for name in wanted if name in metrics.vertebrae]].round(2)
 
 

@@ -33,6 +33,7 @@ from ..measure.metrics import MeanAgreement, diffeomorphism, label_agreement, la
 from ..measure.motion import Contact, Rigidity, bone_contacts, neighbour_motions, pose, vertebra_axes, vertebra_rigidity, world_motions
 from ..measure.pictures import Overview, Picture, draw_overview
 from ..measure.snapshot import make_view
+from .certainty import judge_bones
 from .prealign import RigidStart
 from spinereg.registration.report import (
     FieldFigures,
@@ -43,8 +44,10 @@ from spinereg.registration.report import (
     Metrics,
     RigidityMeans,
     main_figures,
+    marked,
     summarise,
     vertebra_columns,
+    vertebra_doubts,
 )
 from .scene import Scene, make_batch, overlap_mask
 from ..space.fields import determinant, jacobian, warp, warp_labels, world_vectors
@@ -296,14 +299,18 @@ def measure_all(
     view, fraction = view_of(scene, grid, disp)
     field = measure_field(transform, disp, grid, overlap_mask(scene, grid))
     likeness = measure_likeness(view, overlap_mask(scene, grid, 2))
-    bones, rows, labels = BoneFigures(pd.DataFrame(), {}, {}), pd.DataFrame(), None
+    bones, rows, labels, covariance = BoneFigures(pd.DataFrame(), {}, {}), pd.DataFrame(), None, {}
     if scene.labels is not None:
         moved_labels = warp_labels(scene.labels.data[None], scene.labels.grid, native, transform.disp_on(native), scene.rigid)[0][0]
         bones = measure_bones(scene, grid, disp, view.labels, fraction[None], moved_labels, transform.bones)
+        if bones.motions:
+            judged = judge_bones(pair, bones.motions, scene.fixed.device)
+            bones, covariance = bones._replace(vertebrae=bones.vertebrae.join(judged.table)), judged.covariance
         if pair.fixed_labels is not None:
             rows, labels = measure_labels(pair.fixed_labels, scene, transform, grid, view.labels)
     found = bones._asdict() | {"vertebrae": bones.vertebrae.join(rows)}
-    figures = Figures(field=field, local_correlation=likeness, landmarks=measure_landmarks(pair, transform), labels=labels, **found)
+    landmarks = measure_landmarks(pair, transform)
+    figures = Figures(field=field, local_correlation=likeness, landmarks=landmarks, labels=labels, covariance=covariance, **found)
     image = pair.moving.data.to(transform.disp)[None, None]
     moved = warp(image, pair.moving.grid, native, transform.disp_on(native), transform.rigid, outside="lowest")[0, 0]
     return Measured(figures, moved, moved_labels, view)
@@ -345,7 +352,8 @@ class Registration:
 
     def overview(self) -> Picture:
         "One page of pictures, before and after."
-        return draw_overview(self.view)
+        doubted = vertebra_doubts(self.vertebrae)
+        return draw_overview(self.view._replace(names=marked(self.view.names, self.vertebrae)), f"in doubt: {'; '.join(doubted)}" if doubted else "")
 
     def save(self, out_dir: str | Path) -> Path:
         "Write every result file into a folder."
