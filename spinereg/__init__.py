@@ -15,6 +15,7 @@ PUBLIC = {  # name -> where it is defined; imported when it is first asked for
     "evaluate_transform": "compare.given",
     "read_pair": "files.pairs",
     "read_transform": "files.transforms",
+    "read_poses": "registration.bones_first",
     "Grid": "space.geometry",
     "Pair": "files.pairs",
     "SpineTransform": "files.transforms",

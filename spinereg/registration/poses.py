@@ -6,10 +6,10 @@
 __all__ = ['RADIUS', 'JOINT_DEG', 'JOINT_MM', 'JOINT_TURNS_DEG', 'JOINT_SHIFTS_MM', 'PRIOR', 'LEAST_SHARE', 'Side', 'make_side',
            'Patches', 'one_patch', 'smooth_to', 'make_patches', 'expected', 'Look', 'window', 'look',
            'squared_correlation', 'correlation', 'information', 'likeness', 'joint_cost', 'joint_motions',
-           'compare_bones', 'next_vertebra', 'shares', 'chain', 'climb_together', 'Poses', 'find_poses']
+           'compare_bones', 'next_vertebra', 'outward', 'shares', 'chain', 'climb_together', 'Poses', 'find_poses']
 
 # %% ../../nbs/42a_registration.poses.ipynb #7b00541b
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -258,6 +258,15 @@ def next_vertebra(
     climbed = climb(partial(score, at), torch.cat([few, own, known[None]]), at.points_mm.mean(0), 0.7, 30)
     return climbed[score(at, climbed).argmax()]
 
+# %% ../../nbs/42a_registration.poses.ipynb #5d0e6a71
+def outward(
+    known: Collection[int],  # places of the anchors, 0 for the uppermost vertebra
+    n: int,  # vertebrae
+) -> list[tuple[int, int]]:  # each of the others, and its neighbour on the way to the nearest anchor
+    "The order in which a chain of vertebrae is followed."
+    steps = [min((abs(at - k), k, k + (1 if at > k else -1)) for at in known) for k in range(n) if k not in known]
+    return [(k, other) for _, k, other in sorted(steps)]
+
 # %% ../../nbs/42a_registration.poses.ipynb #91f5f8c5
 def shares(compared: Sequence[Compared], motion: Float[Tensor, "n 4 4"]) -> Float[Tensor, " n"]:
     "How much of each vertebra lies in the fixed image."
@@ -268,14 +277,16 @@ def chain(
     compared: Sequence[Compared],
     joints_mm: Float[Tensor, "m 3"],  # between each vertebra and the next, moving world
     start: Float[Tensor, "4 4"],  # rigid, moving -> fixed
+    known: Mapping[int, Float[Tensor, "4 4"]],  # motions of the anchors by place, moving -> fixed; the most alike is the anchor where there are none
 ) -> tuple[Float[Tensor, "n 4 4"], Float[Tensor, " n"]]:  # motions; share of each vertebra that lies in the fixed image
-    "Every vertebra from its neighbour, the one that is most alike first."
+    "Every vertebra from its neighbour, outward from the anchors."
     own = torch.cat([climb(partial(self_similarity, at), start[None], at.points_mm.mean(0), 1.0, 30) for at in compared])
     alike = torch.cat([self_similarity(at, one[None]) for at, one in zip(compared, own)])
     inner = shares(compared, own)
     anchor, found = int((alike * (inner > min(0.95, inner.max() - 1e-3))).argmax()), own.clone()
-    order = [(k, k - 1) for k in range(anchor + 1, len(own))] + [(k, k + 1) for k in range(anchor - 1, -1, -1)]
-    for k, other in order:
+    for k, motion in known.items():
+        found[k] = motion
+    for k, other in outward(known or {anchor}, len(own)):
         found[k] = next_vertebra(compared[k], found[other], joints_mm[min(k, other)], own[k : k + 1])
     return found, shares(compared, found)
 
@@ -322,12 +333,14 @@ def find_poses(
     labels: Int[Tensor, "x y z"],  # of the moving image, from head to foot
     n: int,  # vertebrae
     rigid: np.ndarray,  # (4, 4) rigid start, fixed -> moving, RAS mm
+    given: Mapping[int, np.ndarray] | None = None,  # place, 0 for the uppermost -> (4, 4) pose to begin from, fixed -> moving, RAS mm
 ) -> Poses:
     "The rigid motion of every vertebra, from the images around it; those out of view stay with their neighbours."
     compared, start = compare_bones(fixed, moving, labels, n), torch.from_numpy(np.linalg.inv(rigid)).to(moving.image)
     centres = torch.from_numpy(label_centres_mm(labels, moving.grid, n)).to(moving.image)
     joints = (centres[:-1] + centres[1:]) / 2
-    motion, share = chain(compared, joints, start)
+    known = {k: torch.from_numpy(np.linalg.inv(pose)).to(start) for k, pose in (given or {}).items()}
+    motion, share = chain(compared, joints, start, known)
     seen = (share >= min(LEAST_SHARE, float(share.max()))).nonzero()[:, 0]
     first, last = int(seen[0]), int(seen[-1])
     part, between = slice(first, last + 1), joints[first:last]

@@ -29,7 +29,7 @@ from ..files.transforms import SpineTransform, read_transform
 from ..files.volumes import read_image, whole_numbers
 from ..losses.objective import TERMS, Weights
 from ..losses.similarity import Similarity, similarity_of
-from .bones_first import bones_first
+from .bones_first import bones_first, read_poses
 from .networks import Trained, load_network, predict
 from .optimise import Optimised, make_transform, optimise
 from .prealign import RigidStart, rigid_start
@@ -139,9 +139,12 @@ class RegisterSettings(Inputs):
     weight_rd: float = 0.0  # rigid Dice of bone
     weight_rf: float = 0.3  # rigid field of bone, per mm
     rigidify: bool = False  # whether the field found is made exactly rigid in every vertebra
+    poses: str | Path | Mapping[str, object] | None = None  # where "polyrigid" begins: a result folder, its vertebrae.csv, or (4, 4) by name
 
     def __post_init__(self):
         super().__post_init__()
+        if isinstance(self.poses, Mapping):
+            object.__setattr__(self, "poses", {name: np.asarray(pose, float).tolist() for name, pose in self.poses.items()})
         for name, plain in (("levels", float), ("steps", int)):  # as the optimiser counts, whatever kind of number was given
             object.__setattr__(self, name, tuple(map(plain, getattr(self, name))))
 
@@ -158,7 +161,9 @@ class RegisterSettings(Inputs):
             found.append("method='polyrigid': expected moving_labels, which say where bone is; method='optimise' does without")
         if not isinstance(self.rigidify, bool) or (self.rigidify and self.moving_labels is None):
             found.append(f"rigidify={self.rigidify!r}: expected False, or True with moving_labels, which say where bone is")
-        return [*super().faults(), self.labels_fault(), *found]
+        if self.poses is not None and self.method != "polyrigid":
+            found.append(f"poses with method={self.method!r}: expected method='polyrigid', which begins from them, or poses=None")
+        return [*super().faults(), self.labels_fault(), *found, fault_of(read_poses, self.poses)]
 
 # %% ../../nbs/48_registration.register.ipynb #91900e0f
 def memory_gb(
@@ -315,7 +320,8 @@ def carry_out(
     prepared, notices = prepare(settings), ()
     if settings.method == "polyrigid":
         given = prepared.pair, prepared.scene, prepared.grid, similarity_of(settings.similarity)
-        transform, found, _, notices = bones_first(*given, settings.weight_diffusion, settings.levels, settings.steps, settings.step_mm, on_step)
+        soft = settings.weight_diffusion, settings.levels, settings.steps, settings.step_mm
+        transform, found, _, notices = bones_first(*given, *soft, on_step, read_poses(settings.poses))
     else:
         found = find_velocity(settings, prepared, trained, on_step)
         transform = make_transform(found.velocity, found.grid, prepared.start.rigid)
@@ -357,6 +363,7 @@ def register(
     weight_rd: float = 0.0,  # rigid Dice of bone
     weight_rf: float = 0.3,  # rigid field of bone, per mm
     rigidify: bool = False,  # whether the field found is made exactly rigid in every vertebra
+    poses: str | Path | Mapping[str, object] | None = None,  # where "polyrigid" begins: a result folder, its vertebrae.csv, or (4, 4) by name
     on_step: Callable[[Step], None] | None = None,  # called after every step; may change weights, and stop
 ) -> Registration:
     "Register a moving to a fixed image: soft tissue deforms, every labelled vertebra stays rigid."
@@ -366,7 +373,7 @@ def register(
         moving_scheme=moving_scheme, fixed_scheme=fixed_scheme, prealign=prealign, spacing_mm=spacing_mm, device=device, seed=seed,
         similarity=similarity, levels=levels, steps=steps, step_mm=step_mm,
         weight_diffusion=weight_diffusion, weight_oc=weight_oc, weight_pc=weight_pc, weight_rd=weight_rd, weight_rf=weight_rf,
-        rigidify=rigidify,
+        rigidify=rigidify, poses=poses,
     )
     return carry_out(settings, on_step)
 
