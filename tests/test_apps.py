@@ -9,7 +9,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 APPS = sorted((ROOT / "nbs/apps").glob("*.ipynb"))
-QUICKER = {"samples": {"train": "easy_6", "val": "", "test": ""}, "register": {"spacing_mm": 2.0}, "elastix": {"iterations": 30}}
+COARSE = {"spacing_mm": 4.0, "prealign": "header"}
+QUICKER = {
+    "samples": {"train": "easy_6", "val": "", "test": ""},
+    "register": {"spacing_mm": 2.0},
+    "elastix": {"spacing_mm": 3.0, "prealign": "header", "iterations": 5, "samples": 1000},
+    "evaluate": {"runs": {"pre-aligned": COARSE | {"method": "rigid"}, "optimised": COARSE | {"steps": [5, 5, 5]}}},
+}
 
 
 def run(path, executed, **parameters):

@@ -349,7 +349,7 @@ def register_elastix(
     fixed_modality: str = "auto",  # "auto", "ct" or "mr"
     moving_scheme: str | Mapping[int, str | None] = "verse",  # whose numbers the moving labels are
     fixed_scheme: str | Mapping[int, str | None] = "verse",  # whose numbers the fixed labels are
-    prealign: str = "auto",  # "header", "centres", "labels", "search", "auto" or a rigid ITK transform file
+    prealign: str | Path = "auto",  # "header", "centres", "labels", "search", "auto" or a rigid ITK transform file
     spacing_mm: float = 1.0,  # voxel size of the working grid
     seed: int = 0,  # of the pre-alignment search and of the draw of points
     grid_spacing_mm: float = 8.0,  # between control points, on the finest level
