@@ -66,7 +66,7 @@ def test_defect_4_and_A13_a_stretch_survives_half_resolution(n):
     assert n % 2 or (defect - fine).abs().max() > 0.02
 
 
-@pytest.mark.parametrize(("shape", "spacing_mm"), [((7, 8, 9), 1.0), ((7, 8, 9), 0.7), ((6, 5, 11), 3.1), ((1, 2, 5), 0.5)])
+@pytest.mark.parametrize(("shape", "spacing_mm"), [((5, 4, 6), 1.0), ((5, 4, 6), 0.7), ((6, 5, 11), 3.1), ((1, 2, 5), 0.5)])
 def test_fields_on_another_grid_are_scipys_interpolation(shape, spacing_mm):
     "Finer, coarser, and with an axis of one voxel; within the outermost centres, from voxels of 2 x 1.5 x 4 mm on oblique axes."
     from scipy.ndimage import map_coordinates
