@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['STEP', 'SCALE', 'FLOOR_DEG', 'FLOOR_MM', 'LEAST_ALIKE', 'LEAST_SHARE_ALIKE', 'MOST_DEG', 'MOST_MM', 'JOINT_MOST_DEG',
            'JOINT_MOST_MM', 'log_ratio', 'place_scores', 'Ground', 'parts_of', 'ground', 'joint_information',
-           'Certainty', 'certainty', 'Judged', 'far_joints', 'doubt_of', 'judge_bones']
+           'Certainty', 'certainty', 'far_joints', 'doubt_of', 'Judged', 'judge_bones']
 
-# %% ../../nbs/42b_registration.certainty.ipynb #ec889ac9
+# %% ../../nbs/42b_registration.certainty.ipynb #c84dca92
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -37,7 +37,7 @@ from .prealign import searchable
 from .search import motion_about
 from ..space.images import label_centres_mm
 
-# %% ../../nbs/42b_registration.certainty.ipynb #73291426
+# %% ../../nbs/42b_registration.certainty.ipynb #e687ddea
 def log_ratio(
     joint: Float[Tensor, "n m f"],  # histogram, sums to 1
 ) -> Float[Tensor, "n m f"]:
@@ -55,7 +55,7 @@ def place_scores(
     where = torch.stack([value, at.patches.value], -1).clamp(0, 1) * 2 - 1
     return r2 + 2 * F.grid_sample(held[:, None], where[:, None], align_corners=True)[:, 0, 0]
 
-# %% ../../nbs/42b_registration.certainty.ipynb #580933f1
+# %% ../../nbs/42b_registration.certainty.ipynb #dfcfbfcc
 STEP = (0.02, 0.02, 0.02, 0.6, 0.6, 0.6)  # radians, mm
 
 
@@ -103,7 +103,7 @@ def ground(
     H, g = torch.stack(curves, 1), torch.stack(slopes, 2)
     return Ground(g.sum(1), (H + H.mT) / 2, g.mT @ g)
 
-# %% ../../nbs/42b_registration.certainty.ipynb #ec68f20d
+# %% ../../nbs/42b_registration.certainty.ipynb #13302ff5
 def joint_information(
     lever_mm: Float[Tensor, "n m 3"],  # from each vertebra's centre to its joints, zero where it has none
     has: Float[Tensor, "n m"],  # 1 where there is a joint, 0 elsewhere
@@ -114,7 +114,7 @@ def joint_information(
     turn = torch.diag(torch.tensor([1.0, 1, 1, 0, 0, 0])).to(lever_mm) / np.deg2rad(JOINT_DEG) ** 2
     return ((turn + A.mT @ A / JOINT_MM**2) * has[..., None, None]).sum(1)
 
-# %% ../../nbs/42b_registration.certainty.ipynb #8260fc6c
+# %% ../../nbs/42b_registration.certainty.ipynb #975ab5ec
 SCALE = 0.5  # of what the parts say, which are not as independent as noise: from 26 half-real cases and phantoms whose truth is known
 FLOOR_DEG, FLOOR_MM = 0.05, 0.17  # of an axis: what no image tells of itself, such as the shift of fat
 
@@ -164,19 +164,7 @@ def certainty(
     covariance = SCALE**2 * (inverse @ (J + PRIOR**2 * P) @ inverse + step @ step.mT) + floor
     return Certainty(covariance, correlation(at, at.patches.read(motion)[0]), at.share)
 
-# %% ../../nbs/42b_registration.certainty.ipynb #f155cd33
-LEAST_ALIKE, LEAST_SHARE_ALIKE = 0.1, 0.5  # as such, and of the vertebra that is most alike
-MOST_DEG, MOST_MM = 3.0, 1.5  # of an error that is told without a doubt
-JOINT_MOST_DEG, JOINT_MOST_MM = 22.0, 7.0  # what a joint does at most
-
-
-class Judged(NamedTuple):
-    "What is thought of the vertebrae."
-
-    table: pd.DataFrame  # a row per vertebra: alike, error_mm, error_deg, doubt (empty where there is none)
-    covariance: dict[str, np.ndarray]  # (6, 6) of each: turns (degrees) and shifts of the centre (mm) along the fixed world's axes
-
-
+# %% ../../nbs/42b_registration.certainty.ipynb #a996d0d8
 def far_joints(
     poses: Float[Tensor, "n 4 4"],  # fixed -> moving, from head to foot
     joints_mm: Float[Tensor, "m 3"],  # between each and the next, moving world
@@ -186,6 +174,11 @@ def far_joints(
     turn = torch.rad2deg(torch.acos(((D[:, :3, :3].diagonal(dim1=1, dim2=2).sum(1) - 1) / 2).clamp(-1, 1)))
     shift = (D[:, :3, :3] @ joints_mm[:, :, None])[:, :, 0] + D[:, :3, 3] - joints_mm
     return list(zip(turn.tolist(), shift.norm(dim=1).tolist()))
+
+# %% ../../nbs/42b_registration.certainty.ipynb #fa90f8cb
+LEAST_ALIKE, LEAST_SHARE_ALIKE = 0.1, 0.5  # as such, and of the vertebra that is most alike
+MOST_DEG, MOST_MM = 3.0, 1.5  # of an error that is told without a doubt
+JOINT_MOST_DEG, JOINT_MOST_MM = 22.0, 7.0  # what a joint does at most
 
 
 def doubt_of(
@@ -205,6 +198,13 @@ def doubt_of(
         if turn > JOINT_MOST_DEG or shift > JOINT_MOST_MM:
             return f"moved against {name} by {turn:.0f} degrees and {shift:.1f} mm at their joint, more than a joint does"
     return ""
+
+# %% ../../nbs/42b_registration.certainty.ipynb #b91b8a28
+class Judged(NamedTuple):
+    "What is thought of the vertebrae."
+
+    table: pd.DataFrame  # a row per vertebra: alike, error_mm, error_deg, doubt (empty where there is none)
+    covariance: dict[str, np.ndarray]  # (6, 6) of each: turns (degrees) and shifts of the centre (mm) along the fixed world's axes
 
 
 def judge_bones(
