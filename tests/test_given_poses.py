@@ -16,7 +16,8 @@ from spinereg.registration.bones_first import place_poses
 from spinereg.registration.poses import find_poses, make_side, outward
 from spinereg.registration.prealign import searchable
 from spinereg.registration.register import RegisterSettings
-from spinereg.space.geometry import transform_points
+from spinereg.registration.rigidify import pose_bones
+from spinereg.space.geometry import Grid, transform_points
 from spinereg.space.images import label_centres_mm
 
 CASE = Path(__file__).parent.parent / "data_samples/test/easy_0"
@@ -165,6 +166,17 @@ def test_a_vertebra_that_the_labels_do_not_have_is_refused():
     assert list(place_poses({"L3": rigid(), "L2": rigid()}, NAMES)) == [1, 0]
     with pytest.raises(ValueError, match="poses: T4, L9: no such vertebra in moving_labels, expected some of L2, L3"):
         place_poses({"T4": rigid(), "L2": rigid(), "L9": rigid()}, NAMES)
+
+
+def test_a_pose_in_the_place_of_another_vertebra_is_refused_by_name():
+    """Two blocks of one shape, the lower of which is put where the upper is."""
+    labels, grid = read_pair(*FILES.values()).moving_labels, Grid((20, 20, 30), np.eye(4))
+    blocks = torch.zeros(grid.shape, dtype=labels.data.dtype)
+    blocks[5:13, 5:13, 4:12], blocks[5:13, 5:13, 18:26] = 2, 1
+    labels = replace(labels, data=blocks, grid=grid, names=NAMES)
+    poses = torch.from_numpy(np.stack([np.eye(4), rigid((0, 0, 0), (0, 0, -14.0))]))
+    with pytest.raises(ValueError, match="the pose of L2, L3 is in the place of another vertebra"):
+        pose_bones(labels, NAMES, poses, np.eye(4), grid)
 
 
 @pytest.mark.parametrize("method", ["optimise", "network", "rigid"])

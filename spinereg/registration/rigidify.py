@@ -136,6 +136,8 @@ def pose_bones(
     poses, far = poses.to(labels.data.device), torch.from_numpy(rigid).to(labels.data.device)
     whole, voxels = fine_labels(renumber(labels.data, labels.names, names), labels.grid)
     kept, touching = release(whole, voxels, poses, far)
+    if gone := [name for k, name in enumerate(names, start=1) if not (kept == k).any()]:
+        raise ValueError(f"the pose of {', '.join(gone)} is in the place of another vertebra: one of the two is wrong; give the right one as poses")
     maps = [tuple(distance_map(data == k, voxels) for k in range(1, len(names) + 1)) for data in (whole, kept)]
     own = storage_grid(grid, maps[0], poses)
     solid, bones = (Polyrigid(each, poses, far, float(own.spacing_mm.max()), share=0.5) for each in maps)
