@@ -9,9 +9,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 APPS = sorted((ROOT / "nbs/apps").glob("*.ipynb"))
-COARSE = {"spacing_mm": 4.0, "prealign": "header"}
+COARSE = {"spacing_mm": 4.0, "prealign": "header"}  # no search for a rigid start
 QUICKER = {
     "samples": {"train": "easy_6", "val": "", "test": ""},
+    "check": {"prealign": "header"},
     "register": {"spacing_mm": 2.0},
     "elastix": {"spacing_mm": 3.0, "prealign": "header", "iterations": 5, "samples": 1000},
     "evaluate": {"runs": {"pre-aligned": COARSE | {"method": "rigid"}, "optimised": COARSE | {"steps": [5, 5, 5]}}},
