@@ -317,7 +317,7 @@ def climb_together(
     return moved().detach()
 
 # %% ../../nbs/42a_registration.poses.ipynb #0967aedb
-LEAST_SHARE = 0.05  # of a vertebra that must lie in the fixed image for it to be looked for
+LEAST_SHARE = 0.1  # of a vertebra that must lie in the fixed image for it to be looked for
 
 
 class Poses(NamedTuple):
