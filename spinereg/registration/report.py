@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FieldFigures', 'Likeness', 'LandmarkGain', 'LabelFigures', 'RigidityMeans', 'RunRecord', 'Figures', 'Metrics',
-           'certainty_of', 'start_doubts', 'label_doubts', 'landmark_doubts', 'image_doubts', 'vertebra_doubts',
-           'marked', 'map_doubts', 'doubts', 'say_vertebrae', 'say_map', 'say_measured', 'summarise',
+           'certainty_of', 'vertebra_doubts', 'marked', 'start_doubts', 'label_doubts', 'landmark_doubts',
+           'image_doubts', 'map_doubts', 'doubts', 'say_vertebrae', 'say_map', 'say_measured', 'summarise',
            'vertebra_columns', 'main_figures']
 
 # %% ../../nbs/45_registration.report.ipynb #fa53dec7
@@ -171,6 +171,20 @@ def _plain(value: object) -> object:
     "A setting as JSON can hold it."
     return value if isinstance(value, (int, float, list, tuple, dict, type(None))) else str(value)
 
+# %% ../../nbs/45_registration.report.ipynb #6d1f0a02
+def vertebra_doubts(vertebrae: pd.DataFrame) -> list[str]:
+    "Vertebrae that may be in the wrong place, the least sure first."
+    if "doubt" not in vertebrae:
+        return []
+    doubted = vertebrae[vertebrae.doubt != ""].sort_values("error_mm", ascending=False)
+    return [f"{name} is {doubt}" for name, doubt in doubted.doubt.items()]
+
+
+def marked(names: Sequence[str], vertebrae: pd.DataFrame) -> tuple[str, ...]:
+    "The names of vertebrae as pictures write them, with a question mark where one is in doubt."
+    doubted = set(vertebrae.index[vertebrae.doubt != ""]) if "doubt" in vertebrae else set()
+    return tuple(f"{name} ?" if name in doubted else name for name in names)
+
 # %% ../../nbs/45_registration.report.ipynb #b61f737e
 def start_doubts(start: RigidStart) -> list[str]:
     "A rigid start that is not sure."
@@ -199,20 +213,6 @@ def image_doubts(likeness: Likeness) -> list[str]:
     if likeness.now < likeness.prealigned:
         return ["the images are less alike than after pre-alignment"]
     return [f"the images are hardly alike (mean squared local correlation {likeness.now:.2f})"] if likeness.now < 0.1 else []
-
-
-def vertebra_doubts(vertebrae: pd.DataFrame) -> list[str]:
-    "Vertebrae that may be in the wrong place, the least sure first."
-    if "doubt" not in vertebrae:
-        return []
-    doubted = vertebrae[vertebrae.doubt != ""].sort_values("error_mm", ascending=False)
-    return [f"{name} is {doubt}" for name, doubt in doubted.doubt.items()]
-
-
-def marked(names: Sequence[str], vertebrae: pd.DataFrame) -> tuple[str, ...]:
-    "The names of vertebrae as pictures write them, with a question mark where one is in doubt."
-    doubted = set(vertebrae.index[vertebrae.doubt != ""]) if "doubt" in vertebrae else set()
-    return tuple(f"{name} ?" if name in doubted else name for name in names)
 
 
 def map_doubts(metrics: Metrics) -> list[str]:
