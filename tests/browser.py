@@ -142,7 +142,7 @@ class Lab:
         nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
         return path
 
-    def open(self, name, seconds=90):
+    def open(self, name, seconds=180):
         "Open a notebook of the server in a fresh JupyterLab, as a link does, and wait for its kernel."
         self.page.goto(self.server.url(f"/tree/{name}"))
         if not self.page.evaluate(ANSWERS, seconds):
