@@ -10,8 +10,7 @@ from scipy.spatial.transform import Rotation
 
 from spinereg.files.pairs import read_pair
 from spinereg.registration.certainty import certainty, far_joints, joint_information, judge_bones
-from spinereg.registration.poses import JOINT_DEG, joint_cost, make_side
-from spinereg.registration.prealign import searchable
+from spinereg.registration.poses import JOINT_DEG, joint_cost, sides_of
 from spinereg.registration.search import motion_about
 from spinereg.space.geometry import Grid
 
@@ -64,7 +63,7 @@ def test_how_far_joints_turned_is_scipys_angle():
 def test_what_is_said_turns_with_the_world(pair, truth):
     """A covariance in the axes of the fixed world: the same one in turned axes."""
     labels, names = pair.moving_labels.data, pair.moving_labels.names
-    sides = [make_side(searchable(volume, kind), volume.grid, kind) for volume, kind in ((pair.fixed, "mr"), (pair.moving, "ct"))]
+    sides = sides_of(pair, CPU)
     poses, numbers = torch.from_numpy(np.stack([truth[name] for name in names[2:5]])), range(3, 6)
     turn = np.eye(4)
     turn[:3, :3], turn[:3, 3] = Rotation.from_rotvec([0.4, -0.3, 0.6]).as_matrix(), [30, -20, 10]

@@ -13,8 +13,7 @@ from spinereg import read_poses, register
 from spinereg.files.pairs import read_pair
 from spinereg.files.transforms import write_motions
 from spinereg.registration.bones_first import place_poses
-from spinereg.registration.poses import find_poses, make_side, outward
-from spinereg.registration.prealign import searchable
+from spinereg.registration.poses import find_poses, outward, sides_of
 from spinereg.registration.register import RegisterSettings
 from spinereg.registration.rigidify import pose_bones
 from spinereg.space.geometry import Grid, transform_points
@@ -35,7 +34,7 @@ def rigid(turn=(0.2, -0.1, 0.3), shift=(3, -20, 31)):
 def spine():
     "Both sides of the sample case, two vertebrae of its label map, and their true poses."
     pair = read_pair(*FILES.values())
-    sides = [make_side(searchable(volume, kind), volume.grid, kind) for volume, kind in ((pair.fixed, "mr"), (pair.moving, "ct"))]
+    sides = sides_of(pair, torch.device("cpu"))
     first = pair.moving_labels.names.index(NAMES[0])
     labels = pair.moving_labels.data - first
     labels = torch.where((labels >= 1) & (labels <= len(NAMES)), labels, 0)

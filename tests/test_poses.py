@@ -11,7 +11,7 @@ from scipy.spatial.transform import Rotation
 
 from spinereg import register
 from spinereg.files.pairs import read_pair
-from spinereg.registration.poses import find_poses, joint_cost, make_side
+from spinereg.registration.poses import find_poses, joint_cost, make_side, sides_of
 from spinereg.registration.prealign import rigid_start, searchable
 from spinereg.registration.search import motion_about
 from spinereg.space.fields import warp
@@ -41,8 +41,7 @@ def errors(pair, poses, truth):
 
 
 def images(pair):
-    sides = (pair.fixed, pair.fixed_modality), (pair.moving, pair.moving_modality)
-    return [make_side(searchable(volume, modality), volume.grid, modality) for volume, modality in sides]
+    return sides_of(pair, torch.device("cpu"))
 
 
 def test_every_vertebra_of_the_sample_is_found_to_a_fraction_of_a_millimetre(pair):

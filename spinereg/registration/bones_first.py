@@ -23,8 +23,7 @@ from ..files.transforms import SpineTransform, read_rigid
 from ..losses.objective import Weights
 from ..losses.similarity import Similarity
 from .optimise import Optimised, make_transform, optimise
-from .poses import LEAST_SHARE, Poses, find_poses, make_side
-from .prealign import searchable
+from .poses import LEAST_SHARE, Poses, find_poses, sides_of
 from .rigidify import PosedBones, around_bones, pose_bones, release_notices
 from .run import Step
 from .scene import Scene
@@ -126,8 +125,7 @@ def find_bones(
     "Look for every vertebra of a pair."
     names = scene.labels.names
     given = place_poses(known or {}, names)
-    sides = (pair.fixed, pair.fixed_modality), (pair.moving, pair.moving_modality)
-    fixed, moving = (make_side(searchable(volume, modality).to(scene.fixed.device), volume.grid, modality) for volume, modality in sides)
+    fixed, moving = sides_of(pair, scene.fixed.device)
     found = find_poses(fixed, moving, scene.labels.data, len(names), scene.rigid, given)
     enough = found.share >= LEAST_SHARE
     seen = tuple(name for name, enough_of_it in zip(names, enough) if enough_of_it)

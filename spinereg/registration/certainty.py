@@ -30,10 +30,9 @@ from spinereg.registration.poses import (
     likeness,
     look,
     make_patches,
-    make_side,
+    sides_of,
     squared_correlation,
 )
-from .prealign import searchable
 from .search import motion_about
 from ..space.images import label_centres_mm
 
@@ -215,8 +214,7 @@ def judge_bones(
     "What is to be thought of where the vertebrae of a pair were put."
     labels, names = pair.moving_labels, [name for name in pair.moving_labels.names if name in motions]
     numbers = [labels.names.index(name) + 1 for name in names]
-    sides = (pair.fixed, pair.fixed_modality), (pair.moving, pair.moving_modality)
-    fixed, moving = (make_side(searchable(volume, kind).to(device), volume.grid, kind) for volume, kind in sides)
+    fixed, moving = sides_of(pair, device)
     poses = torch.from_numpy(np.stack([motions[name] for name in names])).double()
     found = certainty(fixed, moving, labels.data.to(device), numbers, poses.to(device))
     centres = torch.from_numpy(label_centres_mm(labels.data, labels.grid, len(labels.names))[np.array(numbers) - 1]).double()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RADIUS', 'JOINT_DEG', 'JOINT_MM', 'JOINT_TURNS_DEG', 'JOINT_SHIFTS_MM', 'PRIOR', 'LEAST_SHARE', 'Side', 'make_side',
-           'Patches', 'one_patch', 'smooth_to', 'make_patches', 'expected', 'Look', 'window', 'look',
+           'sides_of', 'one_patch', 'Patches', 'smooth_to', 'make_patches', 'expected', 'Look', 'window', 'look',
            'squared_correlation', 'correlation', 'information', 'likeness', 'joint_cost', 'joint_motions',
            'compare_bones', 'next_vertebra', 'outward', 'shares', 'chain', 'climb_together', 'Poses', 'find_poses']
 
@@ -20,13 +20,15 @@ from jaxtyping import Float, Int
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
+from ..files.pairs import Pair
 from ..losses.similarity import box_mean, entropies, joint_histogram
 from .coil import dilate, inside_body
+from .prealign import searchable
 from .search import UNIT, Compared, climb, describe, motion_about, self_similarity
 from ..space.geometry import Grid, inside, sample_index, transform_points
 from ..space.images import blur, coarsen, label_centres_mm
 
-# %% ../../nbs/42a_registration.poses.ipynb #973ca530
+# %% ../../nbs/42a_registration.poses.ipynb #7a01a001
 class Side(NamedTuple):
     "An image as bones are compared in it."
 
@@ -44,6 +46,32 @@ def make_side(
     return Side(image, grid, inside_body(image, grid) if modality == "mr" else torch.ones_like(image))
 
 
+def sides_of(pair: Pair, device: torch.device) -> tuple[Side, Side]:
+    "The fixed and the moving image of a pair as bones are compared in them."
+    images = (pair.fixed, pair.fixed_modality), (pair.moving, pair.moving_modality)
+    fixed, moving = (make_side(searchable(volume, kind).to(device), volume.grid, kind) for volume, kind in images)
+    return fixed, moving
+
+# %% ../../nbs/42a_registration.poses.ipynb #7a01a005
+def one_patch(
+    image: Float[Tensor, "1 1 x y z"],
+    grid: Grid,
+    bone: Float[Tensor, "1 1 x y z"],  # 0 or 1
+    spacing_mm: float,
+    near_mm: float = 4.0,
+) -> tuple[Float[Tensor, "p 3"], Float[Tensor, " p"], Int[Tensor, "p 3"]]:  # points in the world, values, places
+    "Points of one bone and its surroundings."
+    at, step = bone[0, 0].nonzero(), torch.from_numpy(spacing_mm / grid.spacing_mm).to(image)
+    low = at.amin(0) - (near_mm / spacing_mm + 1) * step
+    count = ((at.amax(0) - low) / step + near_mm / spacing_mm + 2).ceil().int().tolist()
+    index = torch.cartesian_prod(*[torch.arange(n).to(image) for n in count]) * step + low
+    read = sample_index(torch.cat([image, bone], 1), index[None], outside="zeros")[0]
+    solid = (read[1] > 0.5).view(count).cpu().numpy()
+    near = torch.from_numpy(distance_transform_edt(~solid, sampling=spacing_mm) <= near_mm).to(image.device)
+    near &= inside(index, grid.shape, 0.0).view(count)
+    return transform_points(grid.affine, index)[near.flatten()], read[0][near.flatten()], near.nonzero()
+
+# %% ../../nbs/42a_registration.poses.ipynb #b983ed34
 class Patches(NamedTuple):
     "The surroundings of every vertebra, on a lattice each."
 
@@ -69,25 +97,6 @@ class Patches(NamedTuple):
         return value, (inside(index, self.fixed_grid.shape, 0.0) & (data > 0.5)).to(index)
 
 
-def one_patch(
-    image: Float[Tensor, "1 1 x y z"],
-    grid: Grid,
-    bone: Float[Tensor, "1 1 x y z"],  # 0 or 1
-    spacing_mm: float,
-    near_mm: float = 4.0,
-) -> tuple[Float[Tensor, "p 3"], Float[Tensor, " p"], Int[Tensor, "p 3"]]:  # points in the world, values, places
-    "Points of one bone and its surroundings."
-    at, step = bone[0, 0].nonzero(), torch.from_numpy(spacing_mm / grid.spacing_mm).to(image)
-    low = at.amin(0) - (near_mm / spacing_mm + 1) * step
-    count = ((at.amax(0) - low) / step + near_mm / spacing_mm + 2).ceil().int().tolist()
-    index = torch.cartesian_prod(*[torch.arange(n).to(image) for n in count]) * step + low
-    read = sample_index(torch.cat([image, bone], 1), index[None], outside="zeros")[0]
-    solid = (read[1] > 0.5).view(count).cpu().numpy()
-    near = torch.from_numpy(distance_transform_edt(~solid, sampling=spacing_mm) <= near_mm).to(image.device)
-    near &= inside(index, grid.shape, 0.0).view(count)
-    return transform_points(grid.affine, index)[near.flatten()], read[0][near.flatten()], near.nonzero()
-
-# %% ../../nbs/42a_registration.poses.ipynb #b983ed34
 def smooth_to(side: Side, spacing_mm: float) -> Float[Tensor, "1 1 i j k"]:
     "An image for lattices of a voxel size."
     width = (0.4 * spacing_mm / s if spacing_mm > 1.2 * s else 0.0 for s in map(float, side.grid.spacing_mm))
@@ -165,7 +174,7 @@ def look(patches: Patches, motion: Float[Tensor, "n 4 4"]) -> Look:
     variance = (window(g * g) / count - mean**2).clamp_min(0)
     return Look(patches, seen, seen.sum(1) / patches.real.sum(1), count, g, mean, variance)
 
-
+# %% ../../nbs/42a_registration.poses.ipynb #7a01b003
 def squared_correlation(at: Look, value: Float[Tensor, "n p"]) -> Float[Tensor, "n 1 a b c"]:  # 0 to 1
     "Squared local correlation of the fixed image with what it should show, in the window around each place of the lattice."
     f = at.patches.on_lattice(value * at.seen)
