@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIMILARITIES', 'full_precision', 'masked_mean', 'Similarity', 'compare_with', 'box_mean', 'LNCC', 'joint_histogram',
-           'entropies', 'MI', 'nmi', 'mind_ssc', 'MIND', 'similarity_of']
+           'entropies', 'MI', 'nmi', 'mind_ssc', 'MIND', 'Sum', 'similarity_of']
 
 # %% ../../nbs/20_losses.similarity.ipynb #8974e955
 from collections.abc import Callable
@@ -351,8 +351,33 @@ class MIND:
         padded = [F.pad(image, [self.reach] * 6, mode="replicate") for image in (fixed, moved)]
         return _SlabSum.apply(*padded, error, rows, self.reach) / mask.sum((1, 2, 3, 4)).clamp_min(1)
 
+# %% ../../nbs/20_losses.similarity.ipynb #a7e10c02
+@dataclass(frozen=True)
+class Sum:
+    "Several similarities added."
+
+    parts: tuple[Similarity, ...]
+
+    @property
+    def reach(self) -> int:
+        return max(part.reach for part in self.parts)
+
+    def __call__(
+        self,
+        fixed: Float[Tensor, "b 1 i j k"],
+        moved: Float[Tensor, "b 1 i j k"],
+        mask: Shaped[Tensor, "#b 1 i j k"] | None = None,  # where it counts; erode it by `reach`
+    ) -> Float[Tensor, " b"]:
+        return self.against(fixed, mask)(moved)
+
+    def against(self, fixed: Float[Tensor, "b 1 i j k"], mask: Shaped[Tensor, "#b 1 i j k"] | None = None) -> Callable[[Tensor], Tensor]:
+        "The same with one image given."
+        losses = [compare_with(part, fixed, mask) for part in self.parts]
+        return lambda moved: sum(loss(moved) for loss in losses)
+
+
 # %% ../../nbs/20_losses.similarity.ipynb #415a165f
-SIMILARITIES: dict[str, Similarity] = {"lncc": LNCC(), "mind": MIND(), "mi": MI()}
+SIMILARITIES: dict[str, Similarity] = {"lncc": LNCC(), "mind": MIND(), "mi": MI(), "lncc+mi": Sum((LNCC(), MI()))}
 
 
 def similarity_of(

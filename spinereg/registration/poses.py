@@ -353,7 +353,7 @@ def find_poses(
     seen = (share >= min(LEAST_SHARE, float(share.max()))).nonzero()[:, 0]
     first, last = int(seen[0]), int(seen[-1])
     part, between = slice(first, last + 1), joints[first:last]
-    for spacing_mm, rate, steps in ((2.5, 0.4, 30), (1.5, 0.2, 25), (1.0, 0.1, 20)):
+    for spacing_mm, rate, steps in ((2.5, 0.4, 40), (1.5, 0.25, 45), (1.0, 0.1, 6)):
         patches = make_patches(fixed, moving, labels, range(first + 1, last + 2), spacing_mm)
         motion[part] = climb_together(patches, motion[part], centres[part], between, rate, steps)
     motion[:first], motion[last + 1 :], share = motion[first], motion[last], torch.zeros_like(share)

@@ -130,9 +130,11 @@ def pose_bones(
     kept, touching = release(whole, voxels, poses, far)
     if gone := [name for k, name in enumerate(names, start=1) if not (kept == k).any()]:
         raise ValueError(f"the pose of {', '.join(gone)} is in the place of another vertebra: one of the two is wrong; give the right one as poses")
-    maps = [tuple(distance_map(data == k, voxels) for k in range(1, len(names) + 1)) for data in (whole, kept)]
-    own = storage_grid(grid, maps[0], poses)
-    solid, bones = (Polyrigid(each, poses, far, float(own.spacing_mm.max()), share=0.5) for each in maps)
+    masks = [[data == k for k in range(1, len(names) + 1)] for data in (whole, kept)]
+    maps = tuple(distance_map(mask, voxels) for mask in masks[0])
+    left = tuple(full if one.equal(mask) else distance_map(one, voxels) for full, mask, one in zip(maps, *masks))
+    own = storage_grid(grid, maps, poses)
+    solid, bones = (Polyrigid(each, poses, far, float(own.spacing_mm.max()), share=0.5) for each in (maps, left))
     return PosedBones(solid, bones, tuple(touching), own, flow_on(bones, own), flow_on(bones, own, backward=True))
 
 # %% ../../nbs/47_registration.rigidify.ipynb #47c0a005

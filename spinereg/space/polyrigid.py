@@ -189,8 +189,11 @@ def near_bone(
     for k, (bone, there) in enumerate(zip(poly.maps, poly.seen_from(backward)), start=1):
         box, block = box_around(bone, there, grid)
         x = block.points_mm(poly.poses).reshape(-1, 3)
-        apart[box] = torch.minimum(apart[box], bone.at(x.to(bone.values), there).reshape(block.shape))
-        number[box][bone.holds(x, there).reshape(block.shape)] = k
+        away = bone.at(x.to(bone.values), there)
+        held = away <= bone.leak_mm + 1e-3
+        held[held.clone()] = bone.holds(x[held], there)
+        apart[box] = torch.minimum(apart[box], away.reshape(block.shape))
+        number[box][held.reshape(block.shape)] = k
     return apart, number
 
 # %% ../../nbs/04_space.polyrigid.ipynb #e2d1bfef
@@ -271,7 +274,7 @@ def release(
 ) -> tuple[Int[Tensor, "i j k"], tuple[Released, ...]]:  # labels of the bone that is kept
     "Free the surfaces of bones that come too close to one another."
     twists, kept, found = matrix_twist(torch.linalg.solve(background, poses)), labels.clone(), []
-    maps = [distance_map(labels == number, grid, 30.0) for number in range(1, len(poses) + 1)]
+    maps = [distance_map(labels == number, grid) for number in range(1, len(poses) + 1)]
     for k in range(len(poses)):
         at = (labels == k + 1).nonzero()
         y = transform_points(grid.affine, at.double())

@@ -68,16 +68,25 @@ def starts(truth: Truth, seed: int) -> Iterator[tuple[str, np.ndarray]]:
         yield name, truth.best @ off
 
 
-def tried(folder: Path, stranger: Path) -> Iterator[tuple[str, Pair, np.ndarray]]:
-    "Every start of a case; the case upside down; and its CT with another patient's MR."
-    pair, other = read_case(folder), read_case(stranger)
-    truth = Truth.of(pair)
-    for name, start in starts(truth, sum(map(ord, folder.name))):
-        yield name, pair, start
+def unlike(other: Path, folder: Path) -> bool:
+    "Whether two cases are of two persons."
+    return other.name.split("_")[0] != folder.name.split("_")[0]
+
+
+def strangers(pair: Pair, other: Pair) -> Iterator[tuple[str, Pair, np.ndarray]]:
+    "A pair upside down; its CT with another patient's MR; and where to begin."
     yield "upside down", pair._replace(fixed=replace(pair.fixed, data=pair.fixed.data.flip(2))), np.eye(4)
     onto = np.eye(4)
-    onto[:3, 3] = (truth.moving_mm.mean(0) - Truth.of(other).fixed_mm.mean(0)).numpy()
+    onto[:3, 3] = (Truth.of(pair).moving_mm.mean(0) - Truth.of(other).fixed_mm.mean(0)).numpy()
     yield "other patient", pair._replace(fixed=other.fixed), onto
+
+
+def tried(folder: Path, stranger: Path) -> Iterator[tuple[str, Pair, np.ndarray]]:
+    "Every start of a case, and what does not belong together."
+    pair = read_case(folder)
+    for name, start in starts(Truth.of(pair), sum(map(ord, folder.name))):
+        yield name, pair, start
+    yield from strangers(pair, read_case(stranger))
 
 
 def run(out: Path, folders: list[Path]) -> None:
@@ -85,9 +94,9 @@ def run(out: Path, folders: list[Path]) -> None:
     done = set() if not out.exists() else {tuple(json.loads(line)["id"]) for line in out.read_text().splitlines()}
     for folder in folders:
         others = [other for other in folders if other != folder]
-        strangers = [other for other in others if other.name.split("_")[0] != folder.name.split("_")[0]] or others
+        stranger = next((other for other in others if unlike(other, folder)), others[0])
         truth = Truth.of(read_case(folder))
-        for name, pair, start in tried(folder, strangers[0]):
+        for name, pair, start in tried(folder, stranger):
             for labels in (True, False):
                 if (folder.name, name, labels) in done:
                     continue
