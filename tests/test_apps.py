@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 APPS = sorted((ROOT / "nbs/apps").glob("*.ipynb"))
-COARSE = {"spacing_mm": 4.0, "prealign": "header"}  # no search for a rigid start
+COARSE = {"method": "optimise", "spacing_mm": 4.0, "prealign": "header"}  # no search for a rigid start
 QUICKER = {
     "samples": {"train": "easy_6", "val": "", "test": ""},
     "check": {"prealign": "header"},

@@ -128,7 +128,7 @@ def watch(step):
     number.value = str(monitor.log.steps)
 
 def register():
-    return spinereg.register(*files, spacing_mm=3.0, levels=(1,), steps=(2000,), on_step=watch).history
+    return spinereg.register(*files, method="optimise", spacing_mm=3.0, levels=(1,), steps=(2000,), on_step=watch).history
 
 def fit():
     small = dict(spacing_mm=4.0, crop=(16, 24, 40), crops_per_case=1, prealign="header", similarity="lncc", logger="none", device="cpu")
@@ -188,7 +188,7 @@ def draw(cycles):
     fig.add_axes((0, 0, 1, 1)).plot([n % cycles for n in range(20)])
     return fig
 """,
-    "result = spinereg.register(*files, spacing_mm=4.0, levels=(1,), steps=(10,), on_step=TrainingMonitor())",
+    "result = spinereg.register(*files, method="optimise", spacing_mm=4.0, levels=(1,), steps=(10,), on_step=TrainingMonitor())",
     "SliceViewer(result, 'sagittal')",
     "JacobianMap(result)",
     "DeformedGrid(result, 'sagittal')",

@@ -104,7 +104,9 @@ def test_a_map_with_bones_first_is_rigid_in_them_and_needs_labels(tmp_path):
     quick = {"method": "polyrigid", "spacing_mm": 2.0, "levels": (2,), "steps": (20,), "device": "cpu"}
     with pytest.raises(ValueError, match="expected moving_labels"):
         register(**files, **quick)
-    result = register(**files, **quick, moving_labels=folder / "ct_mask.nii.gz", out_dir=tmp_path)
+    with pytest.raises(ValueError, match="weight_oc with method=.polyrigid.: bone is rigid without them"):
+        register(**files, **quick, moving_labels=folder / "ct_mask.nii.gz", weight_oc=1.0)
+    result = register(**files, **quick | {"method": "auto"}, moving_labels=folder / "ct_mask.nii.gz", out_dir=tmp_path)
     bone = next(gain for gain in result.metrics.landmarks if gain.now.group == "bone")
     assert bone.now.mean_mm < 0.25 < 1 < bone.prealigned_mean_mm
     assert result.vertebrae.residual_max_mm.max() < 1e-3 and result.metrics.field.n_folds == 0

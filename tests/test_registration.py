@@ -31,7 +31,7 @@ from spinereg.space.geometry import Grid, transform_points
 from spinereg.space.images import label_centres_mm
 
 SAMPLES = Path(__file__).parent.parent / "data_samples"
-QUICK = {"spacing_mm": 3.0, "levels": (2, 1), "steps": (15, 10), "device": "cpu"}
+QUICK = {"method": "optimise", "spacing_mm": 3.0, "levels": (2, 1), "steps": (15, 10), "device": "cpu"}
 
 
 def files(case):

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['POSES_FIX', 'STORED_MM', 'pose_fault', 'rigid_poses', 'stored_motions', 'read_poses', 'place_poses', 'SeenBones',
-           'find_bones', 'carry_along', 'BonesFirst', 'bones_first']
+           'find_bones', 'pose_found', 'carry_along', 'BonesFirst', 'bones_first']
 
 # %% ../../nbs/47a_registration.bones_first.ipynb #a2b69de9
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -20,11 +20,12 @@ from jaxtyping import Float
 from ..files.pairs import Pair
 from ..files.problems import InputFile, Notice
 from ..files.transforms import SpineTransform, read_rigid
+from ..files.volumes import Labels
 from ..losses.objective import Weights
 from ..losses.similarity import Similarity
 from .optimise import Optimised, make_transform, optimise
 from .poses import LEAST_SHARE, Poses, find_poses, sides_of
-from .rigidify import PosedBones, around_bones, pose_bones, release_notices
+from .rigidify import InAnother, PosedBones, around_bones, pose_bones, release_notices
 from .run import Step
 from .scene import Scene
 from ..space.fields import compose, warp, warp_labels
@@ -131,6 +132,25 @@ def find_bones(
     seen = tuple(name for name, enough_of_it in zip(names, enough) if enough_of_it)
     return SeenBones(seen, Poses(*(values[enough] for values in found)), tuple(name for name in names if name not in seen))
 
+# %% ../../nbs/47a_registration.bones_first.ipynb #b7a10c02
+def pose_found(
+    labels: Labels,  # of the moving image
+    bones: SeenBones,
+    rigid: np.ndarray,  # (4, 4) start, fixed -> moving, RAS mm
+    grid: Grid,  # to store a field on
+    known: Collection[str] = (),  # vertebrae whose poses were given, which must not be left out
+) -> tuple[PosedBones, tuple[str, ...]]:  # the field of the poses; what was left out, as it was found in the place of another
+    "Lay the field of the poses that can all be true."
+    try:
+        return pose_bones(labels, bones.names, bones.poses.poses, rigid, grid), ()
+    except InAnother as error:
+        left = [name not in error.names for name in bones.names]
+        if set(error.names) & set(known) or not any(left):
+            raise
+        kept = SeenBones(tuple(np.array(bones.names)[left].tolist()), Poses(*(values[left] for values in bones.poses)), bones.unseen)
+        posed, others = pose_found(labels, kept, rigid, grid, known)
+        return posed, (*error.names, *others)
+
 # %% ../../nbs/47a_registration.bones_first.ipynb #6d4653da
 def carry_along(
     scene: Scene,
@@ -166,7 +186,7 @@ def bones_first(
     similarity: Similarity,
     diffusion: float = 3.0,  # weight of the smoothness of soft tissue
     levels: tuple[float, ...] = (4.0, 2.0, 1.0),  # as in `optimise`
-    steps: tuple[int, ...] = (60, 60, 25),
+    steps: tuple[int, ...] = (40, 40, 8),
     step_mm: float = 0.3,
     on_step: Callable[[Step], None] | None = None,
     known: Mapping[str, np.ndarray] | None = None,  # (4, 4) poses to begin from, by name, fixed -> moving, RAS mm
@@ -174,13 +194,15 @@ def bones_first(
     "Find every vertebra, then the soft tissue around them."
     bones, labels = find_bones(pair, scene, known), scene.labels
     if not bones.names:
-        raise ValueError("method='polyrigid': no vertebra of moving_labels lies in the fixed image after the rigid start")
-    posed = pose_bones(labels, bones.names, bones.poses.poses, scene.rigid, respace_grid(grid, np.maximum(grid.spacing_mm, STORED_MM)))
+        raise ValueError("no vertebra of moving_labels lies in the fixed image after the rigid start: look at prealign, or use method='optimise'")
+    stored = respace_grid(grid, np.maximum(grid.spacing_mm, STORED_MM))
+    posed, twice = pose_found(labels, bones, scene.rigid, stored, known or ())
+    names = tuple(name for name in bones.names if name not in twice)
     free = rest_at_bone(near_bone(posed.solid, grid)[0], grid).to(scene.fixed)
     only_smooth = Weights(diffusion=diffusion, oc=0.0, pc=0.0, rd=0.0, rf=0.0)
     soft = optimise(carry_along(scene, grid, posed), grid, similarity, only_smooth, levels, steps, step_mm, on_step, free=free)
     beside = make_transform(soft.velocity, soft.grid, np.eye(4)).disp_on(posed.grid)
     transform = around_bones(posed, compose(posed.there, beside, posed.grid))
-    left = f"too little in view to be looked for: {', '.join(bones.unseen)}"
-    notices = [Notice("moving_labels", labels.native.path.name, left)] if bones.unseen else []
-    return BonesFirst(transform, soft, bones, (*notices, *release_notices(posed.touching, labels, bones.names)))
+    why = {"too little in view to be looked for": bones.unseen, "found in the place of another, and left to their neighbours": twice}
+    notices = [Notice("moving_labels", labels.native.path.name, f"{text}: {', '.join(left)}") for text, left in why.items() if left]
+    return BonesFirst(transform, soft, bones, (*notices, *release_notices(posed.touching, labels, names)))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STEP', 'SCALE', 'FLOOR_DEG', 'FLOOR_MM', 'LEAST_ALIKE', 'LEAST_SHARE_ALIKE', 'MOST_DEG', 'MOST_MM', 'JOINT_MOST_DEG',
-           'JOINT_MOST_MM', 'log_ratio', 'place_scores', 'Ground', 'parts_of', 'ground', 'joint_information',
-           'Certainty', 'certainty', 'far_joints', 'doubt_of', 'Judged', 'judge_bones']
+           'JOINT_MOST_MM', 'MOST_RELEASED', 'log_ratio', 'place_scores', 'Ground', 'parts_of', 'ground',
+           'joint_information', 'Certainty', 'certainty', 'far_joints', 'doubt_of', 'Judged', 'judge_bones']
 
 # %% ../../nbs/42b_registration.certainty.ipynb #c84dca92
 from collections.abc import Mapping, Sequence
@@ -178,6 +178,7 @@ def far_joints(
 LEAST_ALIKE, LEAST_SHARE_ALIKE = 0.1, 0.5  # as such, and of the vertebra that is most alike
 MOST_DEG, MOST_MM = 3.0, 1.5  # of an error that is told without a doubt
 JOINT_MOST_DEG, JOINT_MOST_MM = 22.0, 7.0  # what a joint does at most
+MOST_RELEASED = 25.0  # percent of a vertebra that gives way to others
 
 
 def doubt_of(
@@ -187,8 +188,11 @@ def doubt_of(
     error_deg: float,
     joints: Mapping[str, tuple[float, float]],  # neighbour -> degrees, mm between the two
     share: float,  # in view
+    released_percent: float = 0.0,  # of it, where it would lie in another vertebra
 ) -> str:  # empty where there is none
     "What speaks against a vertebra's motion."
+    if released_percent > MOST_RELEASED:
+        return f"in the place of another vertebra ({released_percent:.0f} % of it are not kept rigid for that)"
     if alike < max(LEAST_ALIKE, LEAST_SHARE_ALIKE * best):
         return f"hardly alike in the two images (local correlation {alike:.2f}; the best vertebra {best:.2f})"
     if error_mm > MOST_MM or error_deg > MOST_DEG:
@@ -210,6 +214,7 @@ def judge_bones(
     pair: Pair,  # with moving_labels
     motions: Mapping[str, np.ndarray],  # of vertebrae, (4, 4) fixed -> moving, RAS mm
     device: torch.device,
+    released_percent: Mapping[str, float] | None = None,  # of each, where a map keeps bone rigid
 ) -> Judged:
     "What is to be thought of where the vertebrae of a pair were put."
     labels, names = pair.moving_labels, [name for name in pair.moving_labels.names if name in motions]
@@ -220,8 +225,10 @@ def judge_bones(
     centres = torch.from_numpy(label_centres_mm(labels.data, labels.grid, len(labels.names))[np.array(numbers) - 1]).double()
     between, best, rows = far_joints(poses, (centres[:-1] + centres[1:]) / 2), float(found.alike.max()), []
     for k, figures in enumerate(zip(found.alike.tolist(), found.error_mm.tolist(), found.error_deg.tolist())):
-        joints = {names[k + side]: between[k + min(side, 0)] for side in (-1, 1) if 0 <= k + side < len(names)}
         alike, error_mm, error_deg = figures
-        rows.append((*figures, doubt_of(alike, best, error_mm, error_deg, joints, float(found.share[k]))))
+        beside = [k + side for side in (-1, 1) if 0 <= k + side < len(names) and alike <= found.alike[k + side]]
+        joints = {names[other]: between[min(k, other)] for other in beside}
+        given = alike, best, error_mm, error_deg, joints, float(found.share[k]), (released_percent or {}).get(names[k], 0.0)
+        rows.append((*figures, doubt_of(*given)))
     table = pd.DataFrame(rows, columns=["alike", "error_mm", "error_deg", "doubt"], index=pd.Index(names, name="vertebra"))
     return Judged(table, dict(zip(names, found.covariance.cpu().numpy())))

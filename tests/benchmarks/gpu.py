@@ -39,7 +39,8 @@ from spinereg.space.geometry import Grid
 from spinereg.space.images import blur
 
 LEVEL = 32  # voxels from one vertebra to the next
-METHODS = {"optimise": {}, "polyrigid": {"method": "polyrigid"}, "optimise, then rigidify": {"rigidify": True}, "network": {"method": "network"}}
+METHODS = {name: {"method": name} for name in ("polyrigid", "optimise", "network")}
+METHODS["optimise, then rigidify"] = METHODS["optimise"] | {"rigidify": True}
 
 
 @dataclass(frozen=True)

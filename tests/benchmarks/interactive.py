@@ -139,7 +139,7 @@ def watch(step):
     seen.append(psutil.Process().memory_info().rss / 1e6)
     figures.append(len(plt.get_fignums()))
 
-result = spinereg.register(*files, spacing_mm=2.5, levels=(1,), steps=(500,), on_step=watch)
+result = spinereg.register(*files, method="optimise", spacing_mm=2.5, levels=(1,), steps=(500,), on_step=watch)
 said = {{"grown_mb": round(max(seen[50:]) - max(seen[:50]), 1), "open_figures": max(figures)}}
 print(json.dumps(said | {{"drawing_s": round(monitor.draws.spent + monitor.looks.spent, 1)}}))"""
 

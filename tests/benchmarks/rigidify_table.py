@@ -32,7 +32,7 @@ def main():
     files = {"fixed": given.case / "mr_t1.nii.gz", "moving": given.case / "ct.nii.gz", "moving_labels": given.case / "ct_mask.nii.gz"}
     known = {"fixed_labels": given.case / "mr_mask.nii.gz", "landmarks": given.case / "landmarks.csv"}
     pair = read_pair(*files.values(), *known.values())
-    found = {"ours": spinereg.register(**files).transform, "elastix": spinereg.register_elastix(**files, samples=16384).transform}
+    found = {"ours": spinereg.register(**files, method="optimise").transform, "elastix": spinereg.register_elastix(**files, samples=16384).transform}
     if given.weights:
         found["network"] = spinereg.register(**files, method="network", weights=given.weights).transform
     if given.ants:

@@ -172,8 +172,8 @@ def convex_adam(start: Start) -> Tensor:
 
 RIVALS: dict[str, Callable[[Start], Found]] = {
     "ours": lambda start: asked(spinereg.register, start),
-    "ours, bones first": lambda start: asked(spinereg.register, start, method="polyrigid"),
-    "ours, then rigidify": lambda start: asked(spinereg.register, start, rigidify=True),
+    "ours, penalties": lambda start: asked(spinereg.register, start, method="optimise"),
+    "ours, penalties, then rigidify": lambda start: asked(spinereg.register, start, method="optimise", rigidify=True),
     "one rigid motion": lambda start: asked(spinereg.register, start, method="rigid"),
     "vertebra by vertebra": lambda start: timed(one_by_one, start),
     "elastix, conditions": lambda start: asked(spinereg.register_elastix, start),
