@@ -188,7 +188,7 @@ def draw(cycles):
     fig.add_axes((0, 0, 1, 1)).plot([n % cycles for n in range(20)])
     return fig
 """,
-    "result = spinereg.register(*files, method="optimise", spacing_mm=4.0, levels=(1,), steps=(10,), on_step=TrainingMonitor())",
+    "result = spinereg.register(*files, method='optimise', spacing_mm=4.0, levels=(1,), steps=(10,), on_step=TrainingMonitor())",
     "SliceViewer(result, 'sagittal')",
     "JacobianMap(result)",
     "DeformedGrid(result, 'sagittal')",

@@ -26,6 +26,7 @@ from .display import Viewer, static
 from .itk_viewer import has_itk_viewer
 from .stack import Stack, as_stack
 from ..measure.pictures import AXIAL, COLOURS, CORONAL, SAGITTAL, Picture, show_slice
+from ..registration.report import marked
 from ..registration.results import Registration
 from ..space.geometry import Grid
 
@@ -151,7 +152,8 @@ class View3D(Viewer):
         engine: str,  # "niivue" or "itkwidgets"
     ):
         super().__init__()
-        self.grid, self.names, self.title, self.engine = stack.grid, stack.names, f"{labels} labels" if labels else image, engine
+        self.grid, self.title, self.engine = stack.grid, f"{labels} labels" if labels else image, engine
+        self.names = marked(stack.names, stack.vertebrae)
         self.image, self.labels = stack.images[image], stack.labels[labels] if labels else None
 
     def picture(self) -> Picture:

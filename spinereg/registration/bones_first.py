@@ -184,7 +184,7 @@ def bones_first(
     scene: Scene,  # of the pair, with labels
     grid: Grid,  # working grid
     similarity: Similarity,
-    diffusion: float = 3.0,  # weight of the smoothness of soft tissue
+    diffusion: float = 12.0,  # weight of the smoothness of soft tissue
     levels: tuple[float, ...] = (4.0, 2.0, 1.0),  # as in `optimise`
     steps: tuple[int, ...] = (40, 40, 8),
     step_mm: float = 0.3,

@@ -235,7 +235,7 @@ def compare_bones(
     fixed: Side,
     moving: Side,
     labels: Int[Tensor, "x y z"],
-    n: int,  # vertebrae
+    numbers: Sequence[int],  # of the vertebrae in them
     spacing_mm: float = 3.0,
     count: int = 1500,  # points of each, at most
     seed: int = 0,
@@ -243,7 +243,7 @@ def compare_bones(
     "Points in and next to every vertebra, described."
     (f, f_grid), (m, m_grid) = (coarsen(side.image[None, None], side.grid, spacing_mm) for side in (fixed, moving))
     about_f, about_m, generator, found = describe(f), describe(m), torch.Generator().manual_seed(seed), []
-    for k in range(1, n + 1):
+    for k in numbers:
         at = (dilate(coarsen((labels == k).to(m)[None, None], moving.grid, spacing_mm)[0], 1) > 0.3)[0, 0].nonzero()
         at = at[torch.randperm(len(at), generator=generator)[:count].to(at.device)]
         similar, edge, value = (volume[0][(slice(None), *at.T)] for volume in about_m)
@@ -345,7 +345,8 @@ def find_poses(
     given: Mapping[int, np.ndarray] | None = None,  # place, 0 for the uppermost -> (4, 4) pose to begin from, fixed -> moving, RAS mm
 ) -> Poses:
     "The rigid motion of every vertebra, from the images around it; those out of view stay with their neighbours."
-    compared, start = compare_bones(fixed, moving, labels, n), torch.from_numpy(np.linalg.inv(rigid)).to(moving.image)
+    start = torch.from_numpy(np.linalg.inv(rigid)).to(moving.image)
+    compared = compare_bones(fixed, moving, labels, range(1, n + 1))
     centres = torch.from_numpy(label_centres_mm(labels, moving.grid, n)).to(moving.image)
     joints = (centres[:-1] + centres[1:]) / 2
     known = {k: torch.from_numpy(np.linalg.inv(pose)).to(start) for k, pose in (given or {}).items()}

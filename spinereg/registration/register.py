@@ -138,7 +138,7 @@ class RegisterSettings(Inputs):
     levels: tuple | list = (4, 2, 1)  # voxel sizes from coarse to fine, in multiples of spacing_mm
     steps: tuple | list | None = None  # optimiser steps per level; None: (40, 40, 8) after "polyrigid" has found the bones, else (60, 60, 25)
     step_mm: float = 0.3  # first step length of each level
-    weight_diffusion: float = 3.0  # smoothness of the velocity
+    weight_diffusion: float | None = None  # smoothness of the velocity; None: 12 beside the bones of "polyrigid", else 3
     weight_oc: float = 3.0  # orthonormality of bone; 0.03 of it before the finest level
     weight_pc: float = 3.0  # properness (volume) of bone; likewise
     weight_rd: float = 0.0  # rigid Dice of bone
@@ -164,11 +164,16 @@ class RegisterSettings(Inputs):
         "Levels, and the steps on them."
         return self.levels, self.steps or ((40, 40, 8) if self.way == "polyrigid" else (60, 60, 25))
 
+    @property
+    def diffusion(self) -> float:
+        "Weight of the smoothness."
+        return self.weight_diffusion if self.weight_diffusion is not None else 12.0 if self.way == "polyrigid" else 3.0
+
     def faults(self) -> list[str]:
         "What makes no sense; empty texts where nothing is wrong."
         found = [one_of("method", self.method, METHODS), fault_of(similarity_of, self.similarity)]
         found += [in_range("step_mm", self.step_mm, 1e-3, 10), whole("polish", self.polish, 0), schedule_fault(*self.schedule)]
-        found += [in_range(name, value, 0, 1e6) for name, value in vars(self).items() if name.startswith("weight_")]
+        found += [in_range(name, value, 0, 1e6) for name, value in vars(self).items() if name.startswith("weight_") and value is not None]
         if (self.method == "network") != (self.weights is not None):
             found.append(f"method={self.method!r}, weights={self.weights!r}: expected method='network' with the weights of one, or neither")
         if self.polish and self.method != "network":
@@ -292,7 +297,8 @@ def find_velocity(
     "The velocity that brings a pair together, in one of three ways."
     if settings.way == "rigid":
         return stay(prepared)
-    weights = Weights(**{name: getattr(settings, f"weight_{name}") for name in TERMS if name != "similarity"})
+    penalties = {name: getattr(settings, f"weight_{name}") for name in TERMS if name not in ("similarity", "diffusion")}
+    weights = Weights(diffusion=settings.diffusion, **penalties)
     given = prepared.scene, prepared.grid, similarity_of(settings.similarity), weights
     minimise = partial(optimise, *given, step_mm=settings.step_mm, on_step=on_step)
     if settings.way == "optimise":
@@ -339,7 +345,7 @@ def carry_out(
     prepared, notices = prepare(settings), ()
     if settings.way == "polyrigid":
         given = prepared.pair, prepared.scene, prepared.grid, similarity_of(settings.similarity)
-        soft = settings.weight_diffusion, *settings.schedule, settings.step_mm
+        soft = settings.diffusion, *settings.schedule, settings.step_mm
         transform, found, _, notices = bones_first(*given, *soft, on_step, read_poses(settings.poses))
     else:
         found = find_velocity(settings, prepared, trained, on_step)
@@ -376,7 +382,7 @@ def register(
     levels: tuple | list = (4, 2, 1),  # voxel sizes from coarse to fine, in multiples of spacing_mm
     steps: tuple | list | None = None,  # optimiser steps per level; None: (40, 40, 8) after "polyrigid" has found the bones, else (60, 60, 25)
     step_mm: float = 0.3,  # first step length of each level
-    weight_diffusion: float = 3.0,  # smoothness of the velocity
+    weight_diffusion: float | None = None,  # smoothness of the velocity; None: 12 beside the bones of "polyrigid", else 3
     weight_oc: float = 3.0,  # orthonormality of bone; 0.03 of it before the finest level
     weight_pc: float = 3.0,  # properness (volume) of bone; likewise
     weight_rd: float = 0.0,  # rigid Dice of bone

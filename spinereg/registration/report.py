@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FieldFigures', 'Likeness', 'LandmarkGain', 'LabelFigures', 'RigidityMeans', 'RunRecord', 'Figures', 'Metrics',
            'certainty_of', 'vertebra_doubts', 'marked', 'start_doubts', 'label_doubts', 'landmark_doubts',
-           'image_doubts', 'map_doubts', 'doubts', 'say_vertebrae', 'say_map', 'say_measured', 'summarise',
-           'vertebra_columns', 'main_figures']
+           'level_doubts', 'image_doubts', 'map_doubts', 'doubts', 'say_vertebrae', 'say_map', 'say_measured',
+           'summarise', 'vertebra_columns', 'main_figures']
 
 # %% ../../nbs/45_registration.report.ipynb #fa53dec7
 from collections.abc import Mapping, Sequence
@@ -20,6 +20,7 @@ import pandas as pd
 from ..files.problems import Notice
 from ..measure.metrics import Diffeomorphism, LandmarkError, MeanAgreement, Regularity, RoundTrip
 from ..measure.motion import Contact
+from .certainty import LEAST_RATIO
 from .prealign import RigidStart
 from .run import Environment, WeightChange
 
@@ -123,6 +124,7 @@ class Figures:
     rigidity: RigidityMeans | None = None  # None where no vertebra is in view
     seen_percent: Mapping[str, float]  # how much of each moving vertebra is in view
     covariance: Mapping[str, np.ndarray] = field_of(default_factory=dict)  # (6, 6) how sure each motion is: turns (degrees), shifts (mm), fixed world
+    levels: Mapping[str, float] = field_of(default_factory=dict)  # how much more alike bone is here than a level "down" and "up"
 
 # %% ../../nbs/45_registration.report.ipynb #d9ecb942
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -151,6 +153,7 @@ class Metrics(Figures):
             "rigidity": self.rigidity._asdict() if self.rigidity else {},
             "seen_percent": dict(self.seen_percent),
             "certainty": {name: certainty_of(self.vertebrae.loc[name], matrix) for name, matrix in self.covariance.items()},
+            "levels": dict(self.levels),
             "run": self.run.as_dict(),
             "summary": summarise(self),
             "doubts": doubts(self),
@@ -208,6 +211,12 @@ def landmark_doubts(landmarks: tuple[LandmarkGain, ...]) -> list[str]:
     return [f"landmarks on {gain.now.group} are further apart than before" for gain, before_mm in told if gain.now.mean_mm > before_mm]
 
 
+def level_doubts(levels: Mapping[str, float]) -> list[str]:
+    "A spine that would lie as well one level off."
+    near = {way: ratio for way, ratio in levels.items() if ratio < LEAST_RATIO}
+    return [f"bone is as alike one level {way} (its likeness here is {ratio:.2f} of that there)" for way, ratio in near.items()]
+
+
 def image_doubts(likeness: Likeness) -> list[str]:
     "Images that did not become alike."
     if likeness.now < likeness.prealigned:
@@ -232,7 +241,8 @@ def doubts(
 ) -> list[str]:
     "What speaks against a result; empty where nothing that was measured does."
     measured = [*label_doubts(metrics.labels), *landmark_doubts(metrics.landmarks), *image_doubts(metrics.local_correlation)]
-    return [*start_doubts(metrics.prealign), *vertebra_doubts(metrics.vertebrae), *measured, *map_doubts(metrics)]
+    placed = [*start_doubts(metrics.prealign), *level_doubts(metrics.levels), *vertebra_doubts(metrics.vertebrae)]
+    return [*placed, *measured, *map_doubts(metrics)]
 
 # %% ../../nbs/45_registration.report.ipynb #6510beef
 def say_vertebrae(metrics: Metrics) -> list[str]:

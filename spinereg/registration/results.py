@@ -299,19 +299,19 @@ def measure_all(
     view, fraction = view_of(scene, grid, disp)
     field = measure_field(transform, disp, grid, overlap_mask(scene, grid))
     likeness = measure_likeness(view, overlap_mask(scene, grid, 2))
-    bones, rows, labels, covariance = BoneFigures(pd.DataFrame(), {}, {}), pd.DataFrame(), None, {}
+    bones, rows, labels, judged = BoneFigures(pd.DataFrame(), {}, {}), pd.DataFrame(), None, {}
     if scene.labels is not None:
         moved_labels = warp_labels(scene.labels.data[None], scene.labels.grid, native, transform.disp_on(native), scene.rigid)[0][0]
         bones = measure_bones(scene, grid, disp, view.labels, fraction[None], moved_labels, transform.bones)
         if bones.motions:
             released = bones.vertebrae.released_percent.to_dict() if transform.bones else None
             judged = judge_bones(pair, bones.motions, scene.fixed.device, released)
-            bones, covariance = bones._replace(vertebrae=bones.vertebrae.join(judged.table)), judged.covariance
+            bones, judged = bones._replace(vertebrae=bones.vertebrae.join(judged.table)), {"covariance": judged.covariance, "levels": judged.levels}
         if pair.fixed_labels is not None:
             rows, labels = measure_labels(pair.fixed_labels, scene, transform, grid, view.labels)
     found = bones._asdict() | {"vertebrae": bones.vertebrae.join(rows)}
     landmarks = measure_landmarks(pair, transform)
-    figures = Figures(field=field, local_correlation=likeness, landmarks=landmarks, labels=labels, covariance=covariance, **found)
+    figures = Figures(field=field, local_correlation=likeness, landmarks=landmarks, labels=labels, **judged, **found)
     image = pair.moving.data.to(transform.disp)[None, None]
     moved = warp(image, pair.moving.grid, native, transform.disp_on(native), transform.rigid, outside="lowest")[0, 0]
     return Measured(figures, moved, moved_labels, view)
