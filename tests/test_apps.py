@@ -13,7 +13,8 @@ COARSE = {"method": "optimise", "spacing_mm": 4.0, "prealign": "header"}  # no s
 QUICKER = {
     "samples": {"train": "easy_6", "val": "", "test": ""},
     "check": {"prealign": "header"},
-    "register": {"spacing_mm": 2.0},
+    "register": {"spacing_mm": 2.0, "prealign": "header", "steps": [10, 10, 5]},
+    "rigidify": {"spacing_mm": 2.0},
     "elastix": {"spacing_mm": 3.0, "prealign": "header", "iterations": 5, "samples": 1000},
     "evaluate": {"runs": {"pre-aligned": COARSE | {"method": "rigid"}, "optimised": COARSE | {"steps": [5, 5, 5]}}},
 }

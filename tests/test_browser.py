@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 
@@ -26,10 +25,13 @@ def jupyter(lab, *command):
 
 
 def open_tutorial(lab, name):
-    "A tutorial where its relative paths lead to the samples."
+    "A tutorial where its relative paths lead to the samples; it registers on a coarse grid here, and as it stands in notebooks.py."
     folder = lab.server.root / "nbs/tutorials"
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(ROOT / f"nbs/tutorials/{name}.ipynb", folder)
+    notebook = nbformat.read(ROOT / f"nbs/tutorials/{name}.ipynb", 4)
+    for cell in notebook.cells:
+        cell.source = cell.source.replace("spacing_mm=1.5", "spacing_mm=3.0, prealign='header'")
+    nbformat.write(notebook, folder / f"{name}.ipynb")
     if not (lab.server.root / "data_samples").exists():
         (lab.server.root / "data_samples").symlink_to(ROOT / "data_samples")
     lab.open(f"nbs/tutorials/{name}.ipynb")
@@ -128,7 +130,7 @@ def watch(step):
     number.value = str(monitor.log.steps)
 
 def register():
-    return spinereg.register(*files, method="optimise", spacing_mm=3.0, levels=(1,), steps=(2000,), on_step=watch).history
+    return spinereg.register(*files, method="optimise", prealign="header", spacing_mm=3.0, levels=(1,), steps=(2000,), on_step=watch).history
 
 def fit():
     small = dict(spacing_mm=4.0, crop=(16, 24, 40), crops_per_case=1, prealign="header", similarity="lncc", logger="none", device="cpu")
@@ -188,7 +190,7 @@ def draw(cycles):
     fig.add_axes((0, 0, 1, 1)).plot([n % cycles for n in range(20)])
     return fig
 """,
-    "result = spinereg.register(*files, method='optimise', spacing_mm=4.0, levels=(1,), steps=(10,), on_step=TrainingMonitor())",
+    "result = spinereg.register(*files, method='optimise', prealign='header', spacing_mm=4.0, levels=(1,), steps=(10,), on_step=TrainingMonitor())",
     "SliceViewer(result, 'sagittal')",
     "JacobianMap(result)",
     "DeformedGrid(result, 'sagittal')",

@@ -248,7 +248,7 @@ def draw(width):
     return Picture(figsize=(width, 1))
 """
 CELLS = [
-    "result = spinereg.register(*files, method='optimise', spacing_mm=4.0, levels=(1,), steps=(10,), on_step=TrainingMonitor())",
+    "result = spinereg.register(*files, method='optimise', prealign='header', spacing_mm=4.0, levels=(1,), steps=(10,), on_step=TrainingMonitor())",
     "SliceViewer(read_pair(*files))",
     "SliceViewer(result)",
     "JacobianMap(result)",

@@ -344,6 +344,7 @@ def carry_out(
     trained = load_network(settings.weights, choose_device(settings.device)) if settings.method == "network" else None
     prepared, notices = prepare(settings), ()
     if settings.way == "polyrigid":
+        print("looking for every vertebra by itself; soft tissue follows")
         given = prepared.pair, prepared.scene, prepared.grid, similarity_of(settings.similarity)
         soft = settings.diffusion, *settings.schedule, settings.step_mm
         transform, found, _, notices = bones_first(*given, *soft, on_step, read_poses(settings.poses))
