@@ -26,7 +26,7 @@ from ..measure.motion import world_motions
 from .run import in_range, refuse
 from ..space.fields import compose, invert, smooth_step, warp_labels
 from ..space.geometry import Grid, crop_grid, respace_grid, transform_points
-from ..space.polyrigid import DistanceMap, Polyrigid, Released, distance_map, fine_labels, flow_on, near_bone, release, rest_at_bone
+from ..space.polyrigid import REST_MM, DistanceMap, Polyrigid, Released, distance_map, fine_labels, flow_on, near_bone, release, rest_at_bone
 
 # %% ../../nbs/47_registration.rigidify.ipynb #a8a5fa88
 class BonePoses(NamedTuple):
@@ -83,7 +83,7 @@ def storage_grid(
     maps: Sequence[DistanceMap],  # of the bones, in the moving world
     poses: Float[Tensor, "n 4 4"],  # fixed -> moving, RAS mm
     most_mm: float = 1.6,  # voxel size that still holds the surroundings of a bone rigid
-    margin_mm: float = 5.0,  # around the boxes of the maps, which hold 15 mm around bone
+    margin_mm: float = REST_MM - 15.0,  # around the boxes of the maps, which hold 15 mm around bone
 ) -> Grid:
     "Voxels for a field that is rigid in bone: those of a given one or smaller ones, around all of the bones."
     own = respace_grid(grid, np.minimum(grid.spacing_mm, most_mm))
@@ -154,7 +154,7 @@ def around_bones(
     "A field that goes as the bones go in them, and as given elsewhere."
     solid, bones, _, own, there, back = posed
     rest = rest_at_bone(near_bone(solid, own, backward=True)[0], own) * compose(disp, back, own)
-    both = (vanish_at_faces(field, own) for field in (compose(rest, there, own), compose(back, invert(rest, own), own)))
+    both = (vanish_at_faces(field, own) for field in (compose(rest, there, own), compose(back, invert(rest, own, 20), own)))
     return SpineTransform(own, *both, bones.background.cpu().numpy(), bones)
 
 # %% ../../nbs/47_registration.rigidify.ipynb #47c0a007
