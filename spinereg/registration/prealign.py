@@ -218,6 +218,11 @@ class RigidStart(NamedTuple):
     def confidence(self) -> float | None:  # 1 and more can be trusted; None where nothing was searched
         return min(self.reasons.values(), default=None)
 
+    def as_dict(self) -> dict[str, object]:
+        "As `metrics.json` holds it."
+        kept = {"how": self.how, "matrix": self.rigid.tolist(), "overlap_before": self.overlap_before, "overlap_after": self.overlap_after}
+        return kept | {"confidence": self.confidence, "reasons": dict(self.reasons)}
+
 
 def search_pair(
     pair: Pair,

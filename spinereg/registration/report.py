@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FieldFigures', 'Likeness', 'LandmarkGain', 'LabelFigures', 'RigidityMeans', 'RunRecord', 'Figures', 'Metrics',
-           'certainty_of', 'vertebra_doubts', 'marked', 'start_doubts', 'label_doubts', 'landmark_doubts',
-           'level_doubts', 'image_doubts', 'map_doubts', 'doubts', 'say_vertebrae', 'say_map', 'say_measured',
+           'certainty_of', 'vertebra_doubts', 'level_doubts', 'marked', 'start_doubts', 'label_doubts',
+           'landmark_doubts', 'image_doubts', 'map_doubts', 'doubts', 'say_vertebrae', 'say_map', 'say_measured',
            'summarise', 'vertebra_columns', 'main_figures']
 
 # %% ../../nbs/45_registration.report.ipynb #fa53dec7
@@ -140,9 +140,7 @@ class Metrics(Figures):
 
     def as_dict(self) -> dict:
         "As `metrics.json` holds it: plain values only."
-        start = {"how": self.prealign.how, "matrix": self.prealign.rigid.tolist()}
-        start |= {"overlap_before": self.prealign.overlap_before, "overlap_after": self.prealign.overlap_after}
-        start |= {"confidence": self.prealign.confidence, "reasons": dict(self.prealign.reasons)}
+
         return {
             "field": self.field.as_dict(),
             "local_correlation": self.local_correlation._asdict(),
@@ -158,7 +156,7 @@ class Metrics(Figures):
             "summary": summarise(self),
             "doubts": doubts(self),
             "notices": [notice._asdict() for notice in self.notices],
-            "prealign": start,
+            "prealign": self.prealign.as_dict(),
             "parameters": {name: _plain(value) for name, value in self.parameters.items()},
             "seconds": dict(self.seconds),
             "environment": self.environment.as_dict(),
@@ -181,6 +179,12 @@ def vertebra_doubts(vertebrae: pd.DataFrame) -> list[str]:
         return []
     doubted = vertebrae[vertebrae.doubt != ""].sort_values("error_mm", ascending=False)
     return [f"{name} is {doubt}" for name, doubt in doubted.doubt.items()]
+
+
+def level_doubts(levels: Mapping[str, float]) -> list[str]:
+    "A spine that would lie as well one level off."
+    near = {way: ratio for way, ratio in levels.items() if ratio < LEAST_RATIO}
+    return [f"bone is as alike one level {way} (its likeness here is {ratio:.2f} of that there)" for way, ratio in near.items()]
 
 
 def marked(names: Sequence[str], vertebrae: pd.DataFrame) -> tuple[str, ...]:
@@ -209,12 +213,6 @@ def landmark_doubts(landmarks: tuple[LandmarkGain, ...]) -> list[str]:
     "Groups of landmarks that are further apart than before."
     told = [(gain, 0.1 + min(gain.start_mean_mm, gain.prealigned_mean_mm)) for gain in landmarks if gain.now.group in ("bone", "soft tissue")]
     return [f"landmarks on {gain.now.group} are further apart than before" for gain, before_mm in told if gain.now.mean_mm > before_mm]
-
-
-def level_doubts(levels: Mapping[str, float]) -> list[str]:
-    "A spine that would lie as well one level off."
-    near = {way: ratio for way, ratio in levels.items() if ratio < LEAST_RATIO}
-    return [f"bone is as alike one level {way} (its likeness here is {ratio:.2f} of that there)" for way, ratio in near.items()]
 
 
 def image_doubts(likeness: Likeness) -> list[str]:
