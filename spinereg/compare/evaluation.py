@@ -51,7 +51,7 @@ def is_done(
     arguments = {name: parameter.default for name, parameter in inspect.signature(function).parameters.items() if name not in ("out_dir", "on_step")}
     wanted = json.loads(json.dumps(arguments | dict(given), default=str))
     then = json.loads(record.read_text("utf-8"))["parameters"]
-    same = wanted == {name: value for name, value in then.items() if name not in ("out_dir", "itk_elastix")}
+    same = wanted == {name: value for name, value in then.items() if name not in ("out_dir", "itk_elastix", "taken")}
     return same and all(Path(file).stat().st_mtime <= record.stat().st_mtime for file in input_files(given))
 
 # %% ../../nbs/61_compare.evaluation.ipynb #67bba0c9

@@ -138,18 +138,19 @@ def pose_found(
     bones: SeenBones,
     rigid: np.ndarray,  # (4, 4) start, fixed -> moving, RAS mm
     grid: Grid,  # to store a field on
-    known: Collection[str] = (),  # vertebrae whose poses were given, which must not be left out
+    known: Collection[str] = (),  # vertebrae whose poses were given, which are not left out
 ) -> tuple[PosedBones, tuple[str, ...]]:  # the field of the poses; what was left out, as it was found in the place of another
     "Lay the field of the poses that can all be true."
     try:
         return pose_bones(labels, bones.names, bones.poses.poses, rigid, grid), ()
     except InAnother as error:
-        left = [name not in error.names for name in bones.names]
-        if set(error.names) & set(known) or not any(left):
-            raise
+        wrong = [name for name in error.names if name not in known]
+        left = [name not in wrong for name in bones.names]
+        if not wrong or not any(left):
+            raise ValueError(f"{error}; give the right one as poses") from error
         kept = SeenBones(tuple(np.array(bones.names)[left].tolist()), Poses(*(values[left] for values in bones.poses)), bones.unseen)
         posed, others = pose_found(labels, kept, rigid, grid, known)
-        return posed, (*error.names, *others)
+        return posed, (*wrong, *others)
 
 # %% ../../nbs/47a_registration.bones_first.ipynb #6d4653da
 def carry_along(
@@ -195,7 +196,8 @@ def bones_first(
     "Find every vertebra, then the soft tissue around them."
     bones, labels = find_bones(pair, scene, known), scene.labels
     if not bones.names:
-        raise ValueError("no vertebra of moving_labels lies in the fixed image after the rigid start: look at prealign, or use method='optimise'")
+        few = "less than a tenth of every vertebra of moving_labels is in the fixed image after the rigid start"
+        raise ValueError(f"{few}: look at prealign, or use method='optimise'")
     pad = np.ceil(PAD_MM / grid.spacing_mm).astype(int)
     stored = respace_grid(crop_grid(grid, -pad, grid.shape + pad), np.maximum(grid.spacing_mm, STORED_MM))
     posed, twice = pose_found(labels, bones, scene.rigid, stored, known or ())
@@ -205,6 +207,6 @@ def bones_first(
     soft = optimise(carry_along(scene, grid, posed), grid, similarity, only_smooth, levels, steps, step_mm, on_step, free=free)
     beside = make_transform(soft.velocity, soft.grid, np.eye(4)).disp_on(posed.grid)
     transform = around_bones(posed, compose(posed.there, beside, posed.grid))
-    why = {"too little in view to be looked for": bones.unseen, "found in the place of another, and left to their neighbours": twice}
+    why = {"too little in view to be looked for": bones.unseen, "found in one place with another, and left to their neighbours": twice}
     notices = [Notice("moving_labels", labels.native.path.name, f"{text}: {', '.join(left)}") for text, left in why.items() if left]
     return BonesFirst(transform, soft, bones, (*notices, *release_notices(posed.touching, labels, names)))

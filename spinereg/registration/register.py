@@ -141,7 +141,7 @@ class Way(Inputs):
     @property
     def schedule(self) -> tuple[tuple | list, tuple | list]:
         "Levels, and the steps on them."
-        return self.levels, self.steps or ((40, 40, 8) if self.way == "polyrigid" else (60, 60, 25))
+        return self.levels, self.steps if self.steps is not None else (40, 40, 8) if self.way == "polyrigid" else (60, 60, 25)
 
     @property
     def diffusion(self) -> float:
@@ -163,7 +163,7 @@ def bone_faults(settings: "RegisterSettings") -> list[str]:
     if idle and settings.way == "polyrigid":
         found.append(f"{', '.join(idle)} with method={method!r}: bone is rigid without them; expected method='optimise'")
     if settings.poses is not None and settings.way != "polyrigid":
-        found.append(f"poses with method={method!r}: expected method='polyrigid', which begins from them, or poses=None")
+        found.append(f"poses with method={method!r}: expected method='polyrigid' with moving_labels, which begins from them, or poses=None")
     return found
 
 # %% ../../nbs/48_registration.register.ipynb #3d25728f
@@ -304,7 +304,9 @@ def find_velocity(
     trained: Trained | None = None,  # of method="network"
     on_step: Callable[[Step], None] | None = None,  # called after every step of the optimiser
 ) -> Optimised:
-    "The velocity that brings a pair together, in one of three ways."
+    "The velocity that brings a pair together, in one of three ways; bones first is no velocity, see `bones_first`."
+    if settings.way == "polyrigid":
+        raise ValueError("find_velocity: got method='polyrigid', expected 'optimise', 'network' or 'rigid'")
     if settings.way == "rigid":
         return stay(prepared)
     penalties = {name: getattr(settings, f"weight_{name}") for name in TERMS if name not in ("similarity", "diffusion")}
@@ -367,7 +369,8 @@ def carry_out(
         prepared.clock.lap("rigidify")
     for notice in notices:
         print(notice)
-    return conclude(prepared, transform, found.history, settings.as_dict(), settings.out_dir, found.stopped, notices)
+    taken = {"method": settings.way, "steps": settings.schedule[1], "weight_diffusion": settings.diffusion}
+    return conclude(prepared, transform, found.history, settings.as_dict() | {"taken": taken}, settings.out_dir, found.stopped, notices)
 
 # %% ../../nbs/48_registration.register.ipynb #3dbaee61
 @frees_memory

@@ -255,8 +255,9 @@ def say_vertebrae(metrics: Metrics) -> list[str]:
     if metrics.rigidity:
         rms, change = metrics.rigidity.residual_rms_max_mm, metrics.rigidity.volume_change_max_percent
         words.append(f"Each of them is rigid to {rms:.2f} mm (worst RMS), its volume kept to {change:.1f} % (the worst, larger or smaller).")
-        if "released_percent" in table and table.released_percent.max() >= 0.05:
-            name, most, off = table.released_percent.idxmax(), table.released_percent.max(), table.whole_residual_max_mm.max()
+        kept = table[table.released_percent < 100] if "released_percent" in table else table[:0]
+        if len(kept) and kept.released_percent.max() >= 0.05:
+            name, most, off = kept.released_percent.idxmax(), kept.released_percent.max(), kept.whole_residual_max_mm.max()
             words.append(f"That is without bone let go where vertebrae touch: up to {most:.1f} % of one ({name}), up to {off:.1f} mm from rigid.")
     else:
         words.append("Rigidity is off: no labels in view.")

@@ -304,7 +304,7 @@ def measure_all(
         moved_labels = warp_labels(scene.labels.data[None], scene.labels.grid, native, transform.disp_on(native), scene.rigid)[0][0]
         bones = measure_bones(scene, grid, disp, view.labels, fraction[None], moved_labels, transform.bones)
         if bones.motions:
-            released = bones.vertebrae.released_percent.to_dict() if transform.bones else None
+            released = bones.vertebrae.released_percent.where(lambda percent: percent < 100, 0).to_dict() if transform.bones else None
             judged = judge_bones(pair, bones.motions, scene.fixed.device, released)
             bones, judged = bones._replace(vertebrae=bones.vertebrae.join(judged.table)), {"covariance": judged.covariance, "levels": judged.levels}
         if pair.fixed_labels is not None:

@@ -111,8 +111,7 @@ class InAnother(ValueError):
 
     def __init__(self, names: list[str]):
         self.names = names
-        fix = "one of the two is wrong; give the right one as poses"
-        super().__init__(f"the pose of {', '.join(names)} is in the place of another vertebra: {fix}")
+        super().__init__(f"the pose of {', '.join(names)} is in the place of another vertebra: one of the two is wrong")
 
 
 class PosedBones(NamedTuple):

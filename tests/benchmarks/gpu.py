@@ -191,7 +191,8 @@ def measure_kernels(bench: Bench, of: str) -> dict:
         step()
         return {"of": f"{count} training steps, float32"} | slowest(lambda: [step() for _ in range(count)], bench.device)
     shape = bench.shapes[min(1, len(bench.shapes) - 1)]
-    settings = RegisterSettings(**pair_files(bench, shape) | bench.settings | {"levels": (1,), "steps": (count,), "prealign": "header"})
+    few = METHODS["optimise"] | {"levels": (1,), "steps": (count,), "prealign": "header"}
+    settings = RegisterSettings(**pair_files(bench, shape) | bench.settings | few)
     with contextlib.redirect_stdout(io.StringIO()):
         prepared = prepare(settings)
         find_velocity(settings, prepared)

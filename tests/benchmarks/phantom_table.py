@@ -1,7 +1,7 @@
 """Register phantom cases end to end, one JSON line each, and print a table.
 
 python tests/benchmarks/phantom_table.py out/lncc.jsonl easy clinical hard --seeds 100 101 102 103 104
-python tests/benchmarks/phantom_table.py out/mi.jsonl clinical --seeds 100 --set similarity=mi weight_diffusion=1.0
+python tests/benchmarks/phantom_table.py out/mi.jsonl clinical --seeds 100 --set method=polyrigid
 """
 
 import argparse
@@ -44,7 +44,7 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="arguments of spinereg.register")
     given = parser.parse_args()
-    settings = {}
+    settings = {"method": "optimise"}
     for name, value in (text.split("=", 1) for text in given.set):
         settings[name] = json.loads(value) if value[0] in "-.[0123456789" else value
     given.out.parent.mkdir(parents=True, exist_ok=True)

@@ -171,7 +171,7 @@ def convex_adam(start: Start) -> Tensor:
 
 
 RIVALS: dict[str, Callable[[Start], Found]] = {
-    "ours": lambda start: asked(spinereg.register, start),
+    "ours, bones first": lambda start: asked(spinereg.register, start, method="polyrigid"),
     "ours, penalties": lambda start: asked(spinereg.register, start, method="optimise"),
     "ours, penalties, then rigidify": lambda start: asked(spinereg.register, start, method="optimise", rigidify=True),
     "one rigid motion": lambda start: asked(spinereg.register, start, method="rigid"),

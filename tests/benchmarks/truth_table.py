@@ -42,7 +42,7 @@ WAYS = {"lncc": "lncc", "mi": "mi", "mind": "mind", "lncc+mi": Sum((similarity_o
 def measure(case: Path, device: str) -> Iterator[dict]:
     "One case, pre-aligned once and registered with every similarity."
     files = {"fixed": case / "mr.nii.gz", "moving": case / "ct.nii.gz", "moving_labels": case / "ct_mask.nii.gz", "landmarks": case / "landmarks.csv"}
-    settings = {**files, "moving_modality": "ct", "fixed_modality": "mr", "device": device}
+    settings = {**files, "method": "optimise", "moving_modality": "ct", "fixed_modality": "mr", "device": device}
     look, prepared = json.loads((case / "truth.json").read_text())["appearance"], prepare(RegisterSettings(**settings))
     marks = prepared.pair.landmarks
     bone = torch.tensor([name != "" for name in marks.vertebra])
