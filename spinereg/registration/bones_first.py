@@ -111,11 +111,12 @@ def place_poses(
 
 # %% ../../nbs/47a_registration.bones_first.ipynb #47e992fc
 class SeenBones(NamedTuple):
-    "The vertebrae of a pair that could be looked for."
+    "The vertebrae of a pair that are in view, and where they are."
 
     names: tuple[str, ...]
     poses: Poses
-    unseen: tuple[str, ...]  # the others
+    riding: tuple[str, ...] = ()  # of them, those with too little in view to be looked for, which go with their neighbours
+    unseen: tuple[str, ...] = ()  # the others
 
 
 def find_bones(
@@ -128,9 +129,10 @@ def find_bones(
     given = place_poses(known or {}, names)
     fixed, moving = sides_of(pair, scene.fixed.device)
     found = find_poses(fixed, moving, scene.labels.data, len(names), scene.rigid, given)
-    enough = found.share >= LEAST_SHARE
-    seen = tuple(name for name, enough_of_it in zip(names, enough) if enough_of_it)
-    return SeenBones(seen, Poses(*(values[enough] for values in found)), tuple(name for name in names if name not in seen))
+    looked_for = found.share >= LEAST_SHARE
+    in_view = looked_for | (found.boxed > 0)
+    seen, riding, unseen = (tuple(np.array(names)[which.cpu()].tolist()) for which in (in_view, in_view & ~looked_for, ~in_view))
+    return SeenBones(seen, Poses(*(values[in_view] for values in found)), riding, unseen)
 
 # %% ../../nbs/47a_registration.bones_first.ipynb #b7a10c02
 def pose_found(
@@ -148,7 +150,7 @@ def pose_found(
         left = [name not in wrong for name in bones.names]
         if not wrong or not any(left):
             raise ValueError(f"{error}; give the right one as poses") from error
-        kept = SeenBones(tuple(np.array(bones.names)[left].tolist()), Poses(*(values[left] for values in bones.poses)), bones.unseen)
+        kept = bones._replace(names=tuple(np.array(bones.names)[left].tolist()), poses=Poses(*(values[left] for values in bones.poses)))
         posed, others = pose_found(labels, kept, rigid, grid, known)
         return posed, (*wrong, *others)
 
@@ -195,7 +197,7 @@ def bones_first(
 ) -> BonesFirst:
     "Find every vertebra, then the soft tissue around them."
     bones, labels = find_bones(pair, scene, known), scene.labels
-    if not bones.names:
+    if bones.riding == bones.names:
         few = "less than a tenth of every vertebra of moving_labels is in the fixed image after the rigid start"
         raise ValueError(f"{few}: look at prealign, or use method='optimise'")
     pad = np.ceil(PAD_MM / grid.spacing_mm).astype(int)
@@ -207,6 +209,10 @@ def bones_first(
     soft = optimise(carry_along(scene, grid, posed), grid, similarity, only_smooth, levels, steps, step_mm, on_step, free=free)
     beside = make_transform(soft.velocity, soft.grid, np.eye(4)).disp_on(posed.grid)
     transform = around_bones(posed, compose(posed.there, beside, posed.grid))
-    why = {"too little in view to be looked for": bones.unseen, "found in one place with another, and left to their neighbours": twice}
+    why = {
+        "out of the fixed image": bones.unseen,
+        "too little in view to be looked for, and going with their neighbours": bones.riding,
+        "found in one place with another, and left to their neighbours": twice,
+    }
     notices = [Notice("moving_labels", labels.native.path.name, f"{text}: {', '.join(left)}") for text, left in why.items() if left]
     return BonesFirst(transform, soft, bones, (*notices, *release_notices(posed.touching, labels, names)))

@@ -334,6 +334,7 @@ class Poses(NamedTuple):
 
     poses: Float[Tensor, "n 4 4"]  # fixed -> moving, RAS mm, float64
     share: Float[Tensor, " n"]  # of each that lies in the fixed image, where that says something
+    boxed: Float[Tensor, " n"]  # of each that lies in the box of the fixed image, with 3 mm around it
 
 
 def find_poses(
@@ -359,4 +360,4 @@ def find_poses(
         motion[part] = climb_together(patches, motion[part], centres[part], between, rate, steps)
     motion[:first], motion[last + 1 :], share = motion[first], motion[last], torch.zeros_like(share)
     share[part] = look(patches, motion[part]).share
-    return Poses(torch.linalg.inv(motion.double()), share)
+    return Poses(torch.linalg.inv(motion.double()), share, shares(compared, motion))

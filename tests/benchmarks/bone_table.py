@@ -22,6 +22,7 @@ from start_table import Truth, read_case, strangers, unlike
 from spinereg.files.pairs import Pair
 from spinereg.registration.bones_first import find_bones
 from spinereg.registration.certainty import LEAST_RATIO, judge_bones
+from spinereg.registration.poses import LEAST_SHARE
 from spinereg.registration.prealign import RigidStart, rigid_start
 from spinereg.registration.report import level_doubts, vertebra_doubts
 from spinereg.registration.scene import make_scene
@@ -39,7 +40,7 @@ def true_poses(folder: Path) -> dict[str, np.ndarray]:
 def found_poses(pair: Pair, start: RigidStart) -> dict[str, np.ndarray]:
     "The motion of every vertebra that was looked for."
     bones = find_bones(pair, make_scene(pair, start.rigid, CPU))
-    return dict(zip(bones.names, bones.poses.poses.numpy()))
+    return {name: pose for name, pose in zip(bones.names, bones.poses.poses.numpy()) if name not in bones.riding}
 
 
 def bone_error(pair: Pair, name: str, found: np.ndarray, true: np.ndarray) -> dict:
@@ -76,29 +77,32 @@ def measure(folder: Path) -> dict:
     return row | {"bones": bones}
 
 
-def wrong_results(folder: Path, stranger: Path, seed: int) -> Iterator[tuple[str, Pair, dict[str, np.ndarray]]]:
-    "A vertebra elsewhere; all of them one level off, looked for from there; the image upside down; another patient's."
+def wrong_results(folder: Path, stranger: Path, seed: int) -> Iterator[tuple[str, Pair, dict[str, np.ndarray], set[str]]]:
+    "A vertebra elsewhere; all of them one level off, looked for from there; the image upside down; another patient's; and which vertebrae are wrong."
     pair, truth = read_case(folder), true_poses(folder)
-    rng, true = np.random.default_rng(seed), {name: truth[name] for name in pair.moving_labels.names if name in truth}
-    shown = [name for name, pose in true.items() if bone_error(pair, name, pose, pose)["seen"] > 0.9]
+    seen = {name: bone_error(pair, name, truth[name], truth[name])["seen"] for name in pair.moving_labels.names if name in truth}
+    rng, true = np.random.default_rng(seed), {name: truth[name] for name, share in seen.items() if share >= LEAST_SHARE}
+    shown = [name for name in true if seen[name] > 0.9]
     way, shift, level = rng.normal(size=3), np.eye(4), np.eye(4)
     moved, shift[:3, 3] = shown[rng.integers(len(shown))], way / np.linalg.norm(way) * rng.uniform(5, 8)
-    yield "one elsewhere", pair, true | {moved: true[moved] @ shift}
+    yield "one elsewhere", pair, true | {moved: true[moved] @ shift}, {moved}
     centres = dict(zip(pair.moving_labels.names, label_centres_mm(pair.moving_labels.data, pair.moving_labels.grid, len(pair.moving_labels.names))))
     upper, lower = (transform_points(np.linalg.inv(true[name]), torch.from_numpy(centres[name])[None])[0].numpy() for name in shown[:2])
     level[:3, 3] = rng.choice([-1, 1]) * (upper - lower)
-    yield "a level off", pair, found_poses(pair, rigid_start(pair, Truth.of(pair).best @ level))
+    found = found_poses(pair, rigid_start(pair, Truth.of(pair).best @ level))
+    yield "a level off", pair, found, {name for name in found if name in truth and bone_error(pair, name, found[name], truth[name])["mm"] > 2}
     for name, other, start in strangers(pair, read_case(stranger)):
-        yield name, other, found_poses(other, rigid_start(other._replace(landmarks=None), start))
+        found = found_poses(other, rigid_start(other._replace(landmarks=None), start))
+        yield name, other, found, set(found)
 
 
 def offered(folder: Path, stranger: Path) -> dict:
     "What is thought of wrong results."
     said = {}
-    for name, pair, motions in wrong_results(folder, stranger, sum(map(ord, folder.name))):
+    for name, pair, motions, wrong in wrong_results(folder, stranger, sum(map(ord, folder.name))):
         judged = judge_bones(pair, motions, CPU)
-        reasons = [*level_doubts(judged.levels), *vertebra_doubts(judged.table)]
-        said[name] = {"bones": len(judged.table), "doubted": len(reasons), "first": next(iter(reasons), ""), "levels": judged.levels}
+        reasons = [*level_doubts(judged.levels), *vertebra_doubts(judged.table[judged.table.index.isin(wrong)])]
+        said[name] = {"wrong": len(wrong), "doubted": len(reasons), "first": next(iter(reasons), ""), "levels": judged.levels}
     return {"case": folder.name, "wrong": said}
 
 
@@ -136,8 +140,9 @@ def sums(rows: list[dict]) -> str:
 
 
 def wrong_sums(rows: list[dict]) -> str:
-    "How many wrong results are doubted."
-    every = pd.DataFrame([{"kind": kind, "doubted": said["doubted"] > 0} for row in rows for kind, said in row["wrong"].items()])
+    "How many wrong results are doubted: for a reason that is true of all of them, or of a vertebra that is wrong."
+    offered = [(kind, said) for row in rows for kind, said in row["wrong"].items() if said["wrong"]]
+    every = pd.DataFrame([{"kind": kind, "doubted": said["doubted"] > 0} for kind, said in offered])
     return markdown(every.groupby("kind").doubted.agg(["size", "sum"]).reset_index().to_dict("records"))
 
 
