@@ -28,7 +28,7 @@ from spinereg.registration.run import Step
 from spinereg.space.geometry import Grid
 
 ROOT = Path(__file__).parent.parent
-WEIGHTS = Weights(diffusion=0.02)
+WEIGHTS = Weights(diffusion=0.02, oc=1.0)
 
 
 def pixels(png):

@@ -14,6 +14,7 @@ from functools import partial
 
 import ipywidgets as widgets
 
+from ..losses.objective import BONE_TERMS, TERMS
 from ..registration.run import Step
 
 # %% ../../nbs/78_interactive.steering.ipynb #94028863
@@ -112,8 +113,9 @@ def add_run(
         controls.case = widgets.Dropdown(options=names, value=case, description="look at")
         controls.case.observe(lambda change: choose(change["new"]), "value")
         controls.top.children = [controls.stop, controls.pause, controls.case, controls.state]
-    for name, weight in asdict(step.weights).items():
-        controls.sliders[name] = weight_slider(name, weight)
+    steered = asdict(step.weights)
+    for name in TERMS if any(steered[name] for name in BONE_TERMS) else ("similarity", "diffusion"):
+        controls.sliders[name] = weight_slider(name, steered[name])
         controls.sliders[name].observe(partial(controls.on_weight, name), "value")
     listen(controls.all())  # before the sliders are drawn
     controls.weights.children = list(controls.sliders.values())
