@@ -9,6 +9,7 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
+from spinereg import register
 from spinereg.files.pairs import read_pair
 from spinereg.losses.similarity import LNCC
 from spinereg.registration.bones_first import bones_first
