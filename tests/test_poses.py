@@ -12,7 +12,7 @@ from scipy.spatial.transform import Rotation
 from spinereg import register
 from spinereg.files.pairs import read_pair
 from spinereg.losses.similarity import LNCC
-from spinereg.registration.bones_first import bones_first
+from spinereg.registration.bones_first import bones_first, find_bones
 from spinereg.registration.poses import find_poses, joint_cost, make_side, sides_of
 from spinereg.registration.prealign import rigid_start, searchable
 from spinereg.registration.scene import make_scene, working_grid
@@ -132,5 +132,18 @@ def test_a_vertebra_out_of_view_is_told_and_one_barely_in_view_rides_rigidly_wit
         y = transform_points(scene.labels.grid.affine, (scene.labels.data == scene.labels.names.index(name) + 1).nonzero()[::7].double())
         off = (transform_points(poses.poses[k].numpy(), found.transform.inverse_points(y)) - y).norm(dim=1)
         assert off.quantile(0.98) < 1e-4
+    given = find_bones(pair, scene, {riding[0]: rigid})
+    assert np.abs(given.poses.poses[given.names.index(riding[0])].numpy() - rigid).max() < 1e-4 and riding[0] not in given.riding
     told = " ".join(notice.text for notice in found.notices)
     assert f"going with their neighbours: {', '.join(riding)}" in told and f"out of the fixed image: {', '.join(unseen)}" in told
+
+
+def test_one_vertebra_alone_is_found():
+    """Labels of one vertebra only: it has no neighbour, and no joint."""
+    pair = read_pair(*(SAMPLES / "easy_0" / name for name in ("mr_t1.nii.gz", "ct.nii.gz", "ct_mask.nii.gz")))
+    alone = replace(pair.moving_labels, data=(pair.moving_labels.data == 4).to(pair.moving_labels.data), names=("L2",), values=(21,))
+    truth = {row["name"]: np.array(row["matrix"]) for row in json.loads((SAMPLES / "easy_0/truth.json").read_text())["vertebrae"]}
+    start = rigid_start(pair).rigid
+    bones = find_bones(pair._replace(moving_labels=alone), make_scene(pair._replace(moving_labels=alone), start, torch.device("cpu")))
+    (off,) = errors(pair._replace(moving_labels=alone), bones.poses.poses, [truth["L2"]])
+    assert bones.names == ("L2",) and off[0] < 0.3 and off[1] < 1

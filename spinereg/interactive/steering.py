@@ -9,12 +9,12 @@ __all__ = ['ROW', 'Requests', 'weight_slider', 'slider_weight', 'listen', 'Contr
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 
 import ipywidgets as widgets
 
-from ..losses.objective import BONE_TERMS, TERMS
+from ..losses.objective import TERMS
 from ..registration.run import Step
 
 # %% ../../nbs/78_interactive.steering.ipynb #94028863
@@ -69,7 +69,7 @@ ROW = {"flex_flow": "row wrap"}
 
 
 class Controls:
-    "Stop, Pause, the case to look at, and a slider for every weight."
+    "Stop, Pause, the case to look at, and a slider for every weight that counts."
 
     def __init__(self, requests: Requests):
         self.requests = requests
@@ -113,9 +113,8 @@ def add_run(
         controls.case = widgets.Dropdown(options=names, value=case, description="look at")
         controls.case.observe(lambda change: choose(change["new"]), "value")
         controls.top.children = [controls.stop, controls.pause, controls.case, controls.state]
-    steered = asdict(step.weights)
-    for name in TERMS if any(steered[name] for name in BONE_TERMS) else ("similarity", "diffusion"):
-        controls.sliders[name] = weight_slider(name, steered[name])
+    for name in step.terms or TERMS:
+        controls.sliders[name] = weight_slider(name, getattr(step.weights, name))
         controls.sliders[name].observe(partial(controls.on_weight, name), "value")
     listen(controls.all())  # before the sliders are drawn
     controls.weights.children = list(controls.sliders.values())

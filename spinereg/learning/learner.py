@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..files.labels import VERTEBRAE
 from ..losses.bone import Bone, bone_voxels
-from ..losses.objective import TERMS, Batch, Fields, Weights, apply_velocity, batch_on_grid, loss_terms, moved_labels, not_finite
+from ..losses.objective import FREE_TERMS, TERMS, Batch, Fields, Weights, apply_velocity, batch_on_grid, loss_terms, moved_labels, not_finite
 from ..losses.similarity import Similarity
 from ..registration.networks import UNet, predict
 from ..registration.run import choose_device
@@ -73,7 +73,7 @@ class Stage:
         weights: Weights,  # of every term
     ) -> Weights:  # a copy
         "The weights of the terms that count in this stage, as plain numbers; zero for the others."
-        counted = TERMS if self.rigidity else ("similarity", "diffusion")
+        counted = TERMS if self.rigidity else FREE_TERMS
         return Weights(**{name: float(getattr(weights, name)) for name in counted})
 
 # %% ../../nbs/52_learning.learner.ipynb #651d192a

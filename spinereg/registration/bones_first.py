@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['POSES_FIX', 'STORED_MM', 'PAD_MM', 'pose_fault', 'rigid_poses', 'stored_motions', 'read_poses', 'place_poses',
-           'SeenBones', 'find_bones', 'pose_found', 'carry_along', 'BonesFirst', 'bones_first']
+           'SeenBones', 'find_bones', 'without', 'pose_found', 'carry_along', 'BonesFirst', 'bones_first']
 
 # %% ../../nbs/47a_registration.bones_first.ipynb #a2b69de9
 import json
@@ -24,7 +24,7 @@ from ..files.volumes import Labels
 from ..losses.objective import Weights
 from ..losses.similarity import Similarity
 from .optimise import Optimised, make_transform, optimise
-from .poses import LEAST_SHARE, Poses, find_poses, sides_of
+from .poses import LEAST_SHARE, Poses, find_poses, outward, sides_of
 from .rigidify import InAnother, PosedBones, around_bones, pose_bones, release_notices
 from .run import Step
 from .scene import Scene
@@ -129,12 +129,27 @@ def find_bones(
     given = place_poses(known or {}, names)
     fixed, moving = sides_of(pair, scene.fixed.device)
     found = find_poses(fixed, moving, scene.labels.data, len(names), scene.rigid, given)
-    looked_for = found.share >= LEAST_SHARE
-    in_view = looked_for | (found.boxed > 0)
-    seen, riding, unseen = (tuple(np.array(names)[which.cpu()].tolist()) for which in (in_view, in_view & ~looked_for, ~in_view))
-    return SeenBones(seen, Poses(*(values[in_view] for values in found)), riding, unseen)
+    own = [share >= LEAST_SHARE or k in given for k, share in enumerate(found.share.tolist())]
+    kept = [k for k, boxed in enumerate(found.boxed.tolist()) if own[k] or boxed > 0]
+    riding, unseen = (names[k] for k in kept if not own[k]), (name for k, name in enumerate(names) if k not in kept)
+    return SeenBones(tuple(names[k] for k in kept), Poses(*(values[kept] for values in found)), tuple(riding), tuple(unseen))
+
 
 # %% ../../nbs/47a_registration.bones_first.ipynb #b7a10c02
+def without(
+    bones: SeenBones,
+    wrong: Collection[str],  # names of those that go
+) -> SeenBones:
+    "The vertebrae less some of them; what rode on those rides on the next."
+    left = [k for k, name in enumerate(bones.names) if name not in wrong]
+    names, (poses, *shares) = tuple(bones.names[k] for k in left), (values[left] for values in bones.poses)
+    riding = tuple(name for name in names if name in bones.riding)
+    found = {k for k, name in enumerate(names) if name not in riding}
+    for k, other in outward(found, len(names)) if found else ():
+        poses[k] = poses[other]
+    return SeenBones(names, Poses(poses, *shares), riding, bones.unseen)
+
+
 def pose_found(
     labels: Labels,  # of the moving image
     bones: SeenBones,
@@ -147,10 +162,9 @@ def pose_found(
         return pose_bones(labels, bones.names, bones.poses.poses, rigid, grid), ()
     except InAnother as error:
         wrong = [name for name in error.names if name not in known]
-        left = [name not in wrong for name in bones.names]
-        if not wrong or not any(left):
+        kept = without(bones, wrong)
+        if not wrong or kept.riding == kept.names:
             raise ValueError(f"{error}; give the right one as poses") from error
-        kept = bones._replace(names=tuple(np.array(bones.names)[left].tolist()), poses=Poses(*(values[left] for values in bones.poses)))
         posed, others = pose_found(labels, kept, rigid, grid, known)
         return posed, (*wrong, *others)
 
@@ -203,7 +217,7 @@ def bones_first(
     pad = np.ceil(PAD_MM / grid.spacing_mm).astype(int)
     stored = respace_grid(crop_grid(grid, -pad, grid.shape + pad), np.maximum(grid.spacing_mm, STORED_MM))
     posed, twice = pose_found(labels, bones, scene.rigid, stored, known or ())
-    names = tuple(name for name in bones.names if name not in twice)
+    names, _, riding, _ = without(bones, twice)
     free = rest_at_bone(near_bone(posed.solid, grid)[0], grid).to(scene.fixed)
     only_smooth = Weights(diffusion=diffusion, oc=0.0, pc=0.0, rd=0.0, rf=0.0)
     soft = optimise(carry_along(scene, grid, posed), grid, similarity, only_smooth, levels, steps, step_mm, on_step, free=free)
@@ -211,8 +225,8 @@ def bones_first(
     transform = around_bones(posed, compose(posed.there, beside, posed.grid))
     why = {
         "out of the fixed image": bones.unseen,
-        "too little in view to be looked for, and going with their neighbours": bones.riding,
-        "found in one place with another, and left to their neighbours": twice,
+        "too little in view to be looked for, and going with their neighbours": riding,
+        "found in one place with another, and left to the tissue around them": twice,
     }
     notices = [Notice("moving_labels", labels.native.path.name, f"{text}: {', '.join(left)}") for text, left in why.items() if left]
     return BonesFirst(transform, soft, bones, (*notices, *release_notices(posed.touching, labels, names)))

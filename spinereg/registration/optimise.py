@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from ..files.transforms import SpineTransform
 from ..losses.bone import bone_voxels
-from ..losses.objective import Batch, Weights, apply_velocity, field_terms, likeness, moved_labels, not_finite
+from ..losses.objective import FREE_TERMS, Batch, Weights, apply_velocity, field_terms, likeness, moved_labels, not_finite
 from ..losses.similarity import Similarity
 from ..measure.metrics import mean_dice
 from ..measure.snapshot import Snapshot, take_snapshot
@@ -124,6 +124,7 @@ class Journal:
     bar: tqdm  # of as many voxels as all steps visit; what is done is counted here, as a bar may be switched off
     weights: Weights
     on_step: Callable[[Step], None] | None
+    terms: tuple[str, ...] = ()  # those whose weights can matter; all of them where empty
     rows: list[dict[str, float]] = field(default_factory=list)
     visited: int = 0  # voxels so far
     stopped: bool = False  # before the end
@@ -135,7 +136,7 @@ class Journal:
         self.bar.update(voxels)
         self.visited += voxels
         if self.on_step is not None:
-            step = Step(row, self.visited / self.bar.total, self.weights, look)
+            step = Step(row, self.visited / self.bar.total, self.weights, look, terms=self.terms)
             self.on_step(step)
             self.stopped = step.stop and self.visited < self.bar.total
 
@@ -168,7 +169,7 @@ def optimise(
     dice = None if on_step is None or scene.fixed_labels is None else DiceOnOneGrid(scene, respace_grid(grid, 2 * spacing))
     velocity, before = start or (scene.fixed.new_zeros(1, 3, *grid.shape), grid)
     with tqdm(total=int(np.dot(voxels, steps)), bar_format=PROGRESS, mininterval=2, delay=0.1, file=sys.stdout) as bar:
-        journal = Journal(bar, weights, on_step)
+        journal = Journal(bar, weights, on_step, FREE_TERMS if scene.labels is None or free is not None else ())
         for batch, count, work in zip(batches, steps, voxels):
             place, stiffness = parameter_grid(batch.grid), 1.0 if batch is batches[-1] else 0.03
             begins, share = resample_field(velocity, before, place), 1.0 if free is None else resample_field(free, grid, place).clamp(0, 1)

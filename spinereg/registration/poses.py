@@ -334,7 +334,7 @@ class Poses(NamedTuple):
 
     poses: Float[Tensor, "n 4 4"]  # fixed -> moving, RAS mm, float64
     share: Float[Tensor, " n"]  # of each that lies in the fixed image, where that says something
-    boxed: Float[Tensor, " n"]  # of each that lies in the box of the fixed image, with 3 mm around it
+    boxed: Float[Tensor, " n"]  # of some points in and next to each, those that lie in the box of the fixed image, whatever that says there
 
 
 def find_poses(
@@ -345,7 +345,7 @@ def find_poses(
     rigid: np.ndarray,  # (4, 4) rigid start, fixed -> moving, RAS mm
     given: Mapping[int, np.ndarray] | None = None,  # place, 0 for the uppermost -> (4, 4) pose to begin from, fixed -> moving, RAS mm
 ) -> Poses:
-    "The rigid motion of every vertebra, from the images around it; those out of view stay with their neighbours."
+    "The rigid motion of every vertebra; one with too little in view goes with its neighbours, or stays where it was given."
     start = torch.from_numpy(np.linalg.inv(rigid)).to(moving.image)
     compared = compare_bones(fixed, moving, labels, range(1, n + 1))
     centres = torch.from_numpy(label_centres_mm(labels, moving.grid, n)).to(moving.image)
@@ -358,6 +358,11 @@ def find_poses(
     for spacing_mm, rate, steps in ((2.5, 0.4, 40), (1.5, 0.25, 45), (1.0, 0.1, 6)):
         patches = make_patches(fixed, moving, labels, range(first + 1, last + 2), spacing_mm)
         motion[part] = climb_together(patches, motion[part], centres[part], between, rate, steps)
-    motion[:first], motion[last + 1 :], share = motion[first], motion[last], torch.zeros_like(share)
+    share = torch.zeros_like(share)
     share[part] = look(patches, motion[part]).share
+    enough = set((share >= LEAST_SHARE).nonzero()[:, 0].tolist())
+    for k in known.keys() - enough:
+        motion[k] = known[k]
+    for k, other in outward(known.keys() | enough or {first}, n):
+        motion[k] = motion[other]
     return Poses(torch.linalg.inv(motion.double()), share, shares(compared, motion))

@@ -27,7 +27,7 @@ from ..files.pairs import Pair, read_pair
 from ..files.problems import InputError, InputFile, Notice, write_atomic
 from ..files.transforms import SpineTransform, read_transform
 from ..files.volumes import read_image, whole_numbers
-from ..losses.objective import BONE_TERMS, TERMS, Weights
+from ..losses.objective import FREE_TERMS, TERMS, Weights
 from ..losses.similarity import Similarity, similarity_of
 from .bones_first import bones_first, read_poses
 from .networks import Trained, load_network, predict
@@ -149,7 +149,7 @@ class Way(Inputs):
         return self.weight_diffusion if self.weight_diffusion is not None else 12.0 if self.way == "polyrigid" else 3.0
 
 # %% ../../nbs/48_registration.register.ipynb #b48a0008
-PENALTIES = tuple(f"weight_{name}" for name in BONE_TERMS)  # of bone that is not rigid by construction
+PENALTIES = tuple(f"weight_{name}" for name in TERMS if name not in FREE_TERMS)  # of bone that is not rigid by construction
 
 
 def bone_faults(settings: "RegisterSettings") -> list[str]:
@@ -309,7 +309,7 @@ def find_velocity(
         raise ValueError("find_velocity: got method='polyrigid', expected 'optimise', 'network' or 'rigid'")
     if settings.way == "rigid":
         return stay(prepared)
-    penalties = {name: getattr(settings, f"weight_{name}") for name in TERMS if name not in ("similarity", "diffusion")}
+    penalties = {name: getattr(settings, f"weight_{name}") for name in TERMS if name not in FREE_TERMS}
     weights = Weights(diffusion=settings.diffusion, **penalties)
     given = prepared.scene, prepared.grid, similarity_of(settings.similarity), weights
     minimise = partial(optimise, *given, step_mm=settings.step_mm, on_step=on_step)

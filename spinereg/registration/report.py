@@ -262,7 +262,7 @@ def say_vertebrae(metrics: Metrics) -> list[str]:
     else:
         words.append("Rigidity is off: no labels in view.")
     slivers = [f"{name} ({seen:.0f} % in view)" for name, seen in metrics.seen_percent.items() if name not in table.index]
-    return words + ([f"Too little of the moving labels is in view of {', '.join(slivers)}: left out."] if slivers else [])
+    return words + ([f"Too little of the moving labels is in view of {', '.join(slivers)}: not in the table."] if slivers else [])
 
 # %% ../../nbs/45_registration.report.ipynb #8d81e562
 def say_map(metrics: Metrics) -> list[str]:

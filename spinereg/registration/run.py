@@ -139,6 +139,7 @@ class Step:
     look: Callable[..., tuple[Any, dict[str, float]]]  # look(number of the case): pictures' data and figures as it is now; takes time
     cases: tuple[str, ...] = ()  # those that `look` can show; empty where there is only one, and look() shows it
     stop: bool = False  # set it to end the run after this step
+    terms: tuple[str, ...] = ()  # those whose weights can matter in this run; all of them where empty
 
 # %% ../../nbs/40_registration.run.ipynb #a85ec09e
 class WeightChange(NamedTuple):

@@ -87,7 +87,7 @@ def wrong_results(folder: Path, stranger: Path, seed: int) -> Iterator[tuple[str
     moved, shift[:3, 3] = shown[rng.integers(len(shown))], way / np.linalg.norm(way) * rng.uniform(5, 8)
     yield "one elsewhere", pair, true | {moved: true[moved] @ shift}, {moved}
     centres = dict(zip(pair.moving_labels.names, label_centres_mm(pair.moving_labels.data, pair.moving_labels.grid, len(pair.moving_labels.names))))
-    upper, lower = (transform_points(np.linalg.inv(true[name]), torch.from_numpy(centres[name])[None])[0].numpy() for name in shown[:2])
+    upper, lower = (transform_points(np.linalg.inv(true[name]), torch.from_numpy(centres[name])[None])[0].numpy() for name in list(true)[:2])
     level[:3, 3] = rng.choice([-1, 1]) * (upper - lower)
     found = found_poses(pair, rigid_start(pair, Truth.of(pair).best @ level))
     yield "a level off", pair, found, {name for name in found if name in truth and bone_error(pair, name, found[name], truth[name])["mm"] > 2}
@@ -141,8 +141,8 @@ def sums(rows: list[dict]) -> str:
 
 def wrong_sums(rows: list[dict]) -> str:
     "How many wrong results are doubted: for a reason that is true of all of them, or of a vertebra that is wrong."
-    offered = [(kind, said) for row in rows for kind, said in row["wrong"].items() if said["wrong"]]
-    every = pd.DataFrame([{"kind": kind, "doubted": said["doubted"] > 0} for kind, said in offered])
+    given = [(kind, said) for row in rows for kind, said in row["wrong"].items() if said["wrong"]]
+    every = pd.DataFrame([(kind, said["doubted"] > 0) for kind, said in given], columns=["kind", "doubted"])
     return markdown(every.groupby("kind").doubted.agg(["size", "sum"]).reset_index().to_dict("records"))
 
 
