@@ -25,7 +25,7 @@ def jupyter(lab, *command):
 
 
 def open_tutorial(lab, name):
-    "A tutorial where its relative paths lead to the samples; it registers on a coarse grid here, and as it stands in notebooks.py."
+    "A tutorial where its relative paths lead to the samples; it registers coarsely by the quicker method here, and as it stands in notebooks.py."
     folder = lab.server.root / "nbs/tutorials"
     folder.mkdir(parents=True, exist_ok=True)
     notebook = nbformat.read(ROOT / f"nbs/tutorials/{name}.ipynb", 4)
