@@ -222,7 +222,7 @@ def draw_overview(
     for row, plane in zip(axes, planes):
         shown = draw_plane(row, view, plane, centre[plane.axis])
     fig.colorbar(shown, ax=axes[:, 5], shrink=0.6, label="det J (red: smaller after, blue: larger)")
-    fig.suptitle(title)
+    fig.suptitle(title, wrap=True)
     return fig
 
 # %% ../../nbs/32_measure.pictures.ipynb #a78e719c

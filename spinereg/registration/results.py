@@ -43,11 +43,11 @@ from spinereg.registration.report import (
     Likeness,
     Metrics,
     RigidityMeans,
+    doubts,
     main_figures,
     marked,
     summarise,
     vertebra_columns,
-    vertebra_doubts,
 )
 from .scene import Scene, make_batch, overlap_mask
 from ..space.fields import determinant, jacobian, warp, warp_labels, world_vectors
@@ -353,8 +353,8 @@ class Registration:
 
     def overview(self) -> Picture:
         "One page of pictures, before and after."
-        doubted = vertebra_doubts(self.vertebrae)
-        return draw_overview(self.view._replace(names=marked(self.view.names, self.vertebrae)), f"in doubt: {'; '.join(doubted)}" if doubted else "")
+        against = doubts(self.metrics)
+        return draw_overview(self.view._replace(names=marked(self.view.names, self.vertebrae)), f"in doubt: {'; '.join(against)}" if against else "")
 
     def save(self, out_dir: str | Path) -> Path:
         "Write every result file into a folder."
