@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from scipy import ndimage
 from torch import Tensor
 
+from .anatomy import ANATOMY_FIX, anatomy_faults
 from .labels import upside_down, vertebra_values
 from .nifti import NativeSpace, read_nifti, write_image
 from .problems import InputFile, Notice
@@ -268,6 +269,8 @@ def read_labels(
     grid = native.grid if image is None else image.grid
     numbers, names, kept = name_labels(values if image is None else onto_image(values, native, image, file), table)
     if names:
+        if faults := anatomy_faults(numbers, names, grid):
+            raise file.error("; ".join(faults), ANATOMY_FIX)
         notice_upside_down(numbers, names, grid, file)
     else:
         file.notice("it holds no vertebra; the image is used without labels, and nothing is kept rigid")
