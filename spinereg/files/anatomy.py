@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CORE_MM', 'MOST_CM3', 'TWO_CORES', 'APART_MM', 'CRUMBS', 'ANATOMY_FIX', 'Bones', 'largest_parts', 'bones_of',
-           'way_down', 'order_faults', 'shape_faults', 'anatomy_faults']
+           'way_down', 'order_faults', 'beside_gaps', 'shape_faults', 'anatomy_faults']
 
 # %% ../../nbs/12a_files.anatomy.ipynb #ea91a385
 from typing import NamedTuple
@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from scipy import ndimage
 from torch import Tensor
 
+from .labels import PRESACRAL
 from ..space.geometry import Grid, transform_points
 
 # %% ../../nbs/12a_files.anatomy.ipynb #155b1be4
@@ -29,6 +30,7 @@ class Bones(NamedTuple):
     centre_mm: Float[np.ndarray, "n 3"]  # world, RAS mm
     core_cm3: Float[np.ndarray, "n 2"]  # the two largest cores
     core_mm: Float[np.ndarray, "n 2 3"]  # their centres, world
+    cut: Bool[np.ndarray, " n"]  # whether it reaches the border of the map
 
 
 def largest_parts(mask: Bool[np.ndarray, "i j k"], count: int) -> tuple[np.ndarray, np.ndarray]:  # (count,) voxels; (count, 3) centres, voxels
@@ -49,18 +51,19 @@ def bones_of(
     "Sizes, centres and cores of the vertebrae of a label map."
     step = np.maximum(1.5 / grid.spacing_mm, 1).astype(int)
     data, spacing_mm = labels.numpy()[tuple(slice(None, None, s) for s in step)], grid.spacing_mm * step
-    cm3, largest, cores, centres = np.zeros(n), np.zeros(n), np.zeros((n, 2)), np.full((n, 3, 3), np.nan)
+    cm3, largest, cores, centres, cut = np.zeros(n), np.zeros(n), np.zeros((n, 2)), np.full((n, 3, 3), np.nan), np.zeros(n, bool)
     for k, box in enumerate(ndimage.find_objects(data, n)):
         if box is None:
             continue
         mask = np.pad(data[box] == k + 1, 1)
         depth_mm = ndimage.distance_transform_edt(mask, sampling=spacing_mm)
         cm3[k], largest[k] = mask.sum(), largest_parts(mask, 1)[0][0]
+        cut[k] = any(edge.start == 0 or edge.stop == size for edge, size in zip(box, data.shape))
         cores[k], at = max((largest_parts(depth_mm > least, 2) for least in CORE_MM), key=lambda found: found[0][1] / max(found[0][0], 1))
         index = np.vstack([ndimage.center_of_mass(mask), at]) - 1 + [edge.start for edge in box]
         centres[k] = transform_points(grid.affine, torch.from_numpy(index * step)).numpy()
     voxel = spacing_mm.prod() / 1000
-    return Bones(cm3 * voxel, largest * voxel, centres[:, 0], cores * voxel, centres[:, 1:])
+    return Bones(cm3 * voxel, largest * voxel, centres[:, 0], cores * voxel, centres[:, 1:], cut)
 
 # %% ../../nbs/12a_files.anatomy.ipynb #fa8b1c4a
 def way_down(
@@ -93,6 +96,13 @@ APART_MM = {"C": 10.0, "T": 15.0, "L": 20.0, "S": 15.0}  # and so far from it al
 CRUMBS = 0.5  # of a vertebra in its largest part, at least, for it to be a bone
 
 
+def beside_gaps(names: tuple[str, ...]) -> Bool[np.ndarray, " n"]:
+    "Which names, from head to foot, stand next to one that is missing between them; T13 and L6 are none."
+    usual = (*PRESACRAL, "S")
+    jump = np.diff([usual.index(name) if name in usual else np.nan for name in names], prepend=np.nan, append=np.nan) > 1
+    return jump[:-1] | jump[1:]
+
+
 def shape_faults(
     bones: Bones,
     names: tuple[str, ...],  # from head to foot
@@ -104,6 +114,7 @@ def shape_faults(
     large = [f"{name} holds {cm3:.0f} cm³, more than a vertebra" for name, cm3 in zip(names, bones.cm3) if cm3 > MOST_CM3[name[0]]]
     apart_mm = np.abs((bones.core_mm[:, 0] - bones.core_mm[:, 1]) @ way_down(bones.centre_mm))
     two = (bones.core_cm3[:, 1] > TWO_CORES * bones.core_cm3[:, 0]) & (apart_mm > [APART_MM[name[0]] for name in names])
+    two &= ~bones.cut | beside_gaps(names)
     return large or [f"{name} is two bones, {apart:.0f} mm apart" for name, apart, is_two in zip(names, apart_mm, two) if is_two]
 
 
