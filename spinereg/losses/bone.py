@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .similarity import full_precision
-from ..space.geometry import Grid
+from ..space.geometry import Grid, tensor_like
 from ..space.rigid import RigidMotions, procrustes
 
 # %% ../../nbs/21_losses.bone.ipynb #c3247ce4
@@ -75,7 +75,7 @@ def bone_jacobian(
 ) -> Float[Tensor, "p 3 3"]:  # last two: component, direction of the derivative; known where `bone.measured`
     "Jacobian of x + disp(x) at the bone voxels, from differences within each vertebra."
     u = disp.movedim(1, 0).flatten(1)
-    spacing = torch.as_tensor(grid.spacing_mm, dtype=u.dtype, device=u.device)[:, None]
+    spacing = tensor_like(grid.spacing_mm, u)[:, None]
     after, before = (u.index_select(1, ends.flatten()).view(3, 3, -1) for ends in (bone.after, bone.before))
     slopes = (after - before) / (bone.steps.clamp_min(1) * spacing)
     return slopes.permute(2, 0, 1) + torch.eye(3, dtype=u.dtype, device=u.device)
@@ -86,7 +86,8 @@ def bone_points_mm(
     bone: Bone,
 ) -> Float[Tensor, "p 3"]:  # float64, along the axes of the grid, from its first voxel
     "Where the bone voxels are."
-    return bone.voxel[:, 1:] * torch.as_tensor(grid.spacing_mm, device=bone.voxel.device)
+    index = bone.voxel[:, 1:].double()
+    return index * tensor_like(grid.spacing_mm, index)
 
 
 def rigid_motions(

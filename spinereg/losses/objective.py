@@ -152,4 +152,5 @@ def not_finite(
     values: Mapping[str, Float[Tensor, "..."]],
 ) -> str:  # empty where all is well
     "Which values are not finite."
-    return ", ".join(f"{name} {value.detach().flatten().tolist()}" for name, value in values.items() if not value.isfinite().all())
+    finite = torch.stack([value.isfinite().all() for value in values.values()]).tolist()
+    return ", ".join(f"{name} {value.detach().flatten().tolist()}" for (name, value), good in zip(values.items(), finite) if not good)

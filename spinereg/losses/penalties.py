@@ -16,7 +16,7 @@ from torch import Tensor
 from .bone import Bone, mean_over_bone, rigid_residual_mm
 from .similarity import full_precision
 from ..space.fields import determinant, read_index, warp
-from ..space.geometry import Grid, crop_grid
+from ..space.geometry import Grid, crop_grid, tensor_like
 from ..space.rigid import RigidMotions
 
 # %% ../../nbs/22_losses.penalties.ipynb #ee7840e0
@@ -89,14 +89,15 @@ def _rigid_disp(
     translation: Float[Tensor, "3"],  # mm
 ) -> Float[Tensor, "1 3 i j k"]:  # mm
     "Displacement of a rigid motion on a part of a grid."
-    x = (box.voxels(rotation) + rotation.new_tensor(start)) * torch.as_tensor(box.spacing_mm).to(rotation)
+    x = (box.voxels(rotation) + tensor_like(start, rotation)) * tensor_like(box.spacing_mm, rotation)
     return (x @ rotation.T + translation - x).movedim(-1, 0)[None]
 
 
 def _reached(disp: Float[Tensor, "b 3 i j k"], box: Grid, other: Grid, world: np.ndarray | None) -> list[list[int]]:
     "First voxel and one past the last of the part of another grid that displacements on a box read; at least a voxel."
-    index, last = read_index(other, box, disp, world).flatten(0, 3), torch.tensor(other.shape, device=disp.device) - 1
+    index = read_index(other, box, disp, world).flatten(0, 3)
     low, high = index.amin(0).floor().long(), index.amax(0).ceil().long()
+    last = tensor_like(other.shape, low) - 1
     return torch.stack([low.clamp_min(0).minimum(last), high.clamp_min(0).minimum(last) + 1]).tolist()
 
 # %% ../../nbs/22_losses.penalties.ipynb #12038511

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Shaped
@@ -77,11 +78,7 @@ class _BoxMean(torch.autograd.Function):
     def forward(ctx, x, width):
         ctx.width = width
         for axis in (-3, -2, -1):
-            fits = x.shape[axis] - width + 1
-            total = x.narrow(axis, 0, fits).clone()
-            for start in range(1, width):
-                total += x.narrow(axis, start, fits)
-            x = total
+            x = x.unfold(axis, width, 1).sum(-1)
         return x / width**3
 
     @staticmethod
@@ -255,12 +252,12 @@ def _self_distances(
     def window(x, start, size):
         return x[:, :, start[0] : start[0] + size[0], start[1] : start[1] + size[1], start[2] : start[2] + size[2]]
 
-    shape = torch.tensor(padded.shape[2:]) - 2 * (radius + dilation)
-    step = dilation * torch.eye(3, dtype=torch.long)
+    shape = np.array(padded.shape[2:]) - 2 * (radius + dilation)
+    step = dilation * np.eye(3, dtype=int)
     distances = []
     for p, q in ((step[a], sign * step[b]) for a, b in ((0, 1), (0, 2), (1, 2)) for sign in (1, -1)):
-        first = torch.minimum(p, -q)
-        size = shape + (p + q).abs() + 2 * radius
+        first = np.minimum(p, -q)
+        size = shape + np.abs(p + q) + 2 * radius
         difference = window(padded, first + dilation, size) - window(padded, first + dilation + q - p, size)
         boxes = box_mean(difference.square(), radius)
         distances += [window(boxes, p - first, shape), window(boxes, -q - first, shape)]

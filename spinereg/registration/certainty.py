@@ -88,11 +88,13 @@ def ground(
     "Slope and curvature of the likeness, and how much the slopes of its parts differ."
     patches, value, part = at.patches, at.patches.read(motion)[0], parts_of(at.patches.points_mm)
     held = log_ratio(joint_histogram(*(x.clamp(0, 1) * 23 for x in (patches.value, value)), at.seen, 24, degree=1))
-    step, n, slopes, curves = torch.tensor(STEP).to(motion), len(motion), [], []
+    n, slopes, curves = len(motion), [], []
     weight = at.seen * (at.share / at.seen.sum(1).clamp_min(1))[:, None]
 
     def around(axis, sign):
-        twist = torch.zeros(n, 6).to(motion).index_fill_(1, torch.tensor([axis], device=motion.device), sign * float(step[axis])).requires_grad_()
+        twist = motion.new_zeros(n, 6)
+        twist[:, axis] = sign * STEP[axis]
+        twist.requires_grad_()
         moved = torch.cat([motion_about(one[None], centre) for one, centre in zip(twist, centres_mm)]) @ motion
         gradient = torch.autograd.grad(likeness(at, moved).sum(), twist)[0]
         with torch.no_grad():
@@ -100,8 +102,8 @@ def ground(
 
     for axis in range(6):
         (up, more), (down, less) = around(axis, 1), around(axis, -1)
-        curves.append((down - up) / (2 * step[axis]))
-        slopes.append(motion.new_zeros(n, int(part.max()) + 1).scatter_add(1, part, more - less) / (2 * step[axis]))
+        curves.append((down - up) / (2 * STEP[axis]))
+        slopes.append(motion.new_zeros(n, int(part.max()) + 1).scatter_add(1, part, more - less) / (2 * STEP[axis]))
     H, g = torch.stack(curves, 1), torch.stack(slopes, 2)
     return Ground(g.sum(1), (H + H.mT) / 2, g.mT @ g)
 

@@ -25,7 +25,7 @@ from ..losses.similarity import box_mean, entropies, joint_histogram
 from .coil import dilate, inside_body
 from .prealign import searchable
 from .search import UNIT, Compared, climb, describe, motion_about, self_similarity
-from ..space.geometry import Grid, inside, sample_index, transform_points
+from ..space.geometry import Grid, inside, sample_index, tensor_like, transform_points
 from ..space.images import blur, coarsen, label_centres_mm
 
 # %% ../../nbs/42a_registration.poses.ipynb #7a01a001
@@ -91,7 +91,7 @@ class Patches(NamedTuple):
 
     def read(self, motion: Float[Tensor, "n 4 4"]) -> tuple[Float[Tensor, "n p"], Float[Tensor, "n p"]]:
         "What the fixed image has at the points, each vertebra after its motion, and at which points it says something."
-        to_index = torch.as_tensor(np.linalg.inv(self.fixed_grid.affine)).to(motion) @ motion
+        to_index = tensor_like(np.linalg.inv(self.fixed_grid.affine), motion) @ motion
         index = self.points_mm @ to_index[:, :3, :3].mT + to_index[:, None, :3, 3]
         value, data = sample_index(self.fixed, index.flatten(0, 1)[None])[0].view(2, *index.shape[:2])
         return value, (inside(index, self.fixed_grid.shape, 0.0) & (data > 0.5)).to(index)

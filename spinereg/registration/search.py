@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..losses.similarity import mind_ssc, nmi
 from .coil import dilate
-from ..space.geometry import Grid, inside, respace_grid, sample_index, transform_points, voxel_index
+from ..space.geometry import Grid, inside, respace_grid, sample_index, tensor_like, transform_points, voxel_index
 from ..space.images import blur, coarsen
 from ..space.rigid import rotation_angle_deg, twist_matrix
 
@@ -214,7 +214,7 @@ class Compared(NamedTuple):
 
     def read(self, motion: Float[Tensor, "b 4 4"], volume: Float[Tensor, "1 c i j k"]) -> tuple[Float[Tensor, "c b p"], Float[Tensor, "b p"]]:
         "What the fixed image has at the points after some motions, and which of them lie in it."
-        to_index = torch.as_tensor(np.linalg.inv(self.grid.affine)).to(motion) @ motion
+        to_index = tensor_like(np.linalg.inv(self.grid.affine), motion) @ motion
         index = self.points_mm @ to_index[:, :3, :3].mT + to_index[:, None, :3, 3]
         found = sample_index(volume, index.reshape(1, -1, 3))[0]
         return found.view(-1, *index.shape[:2]), inside(index, self.grid.shape, 0.0).to(index)
@@ -255,7 +255,7 @@ def motion_about(
     centre_mm: Float[Tensor, "3"],
 ) -> Float[Tensor, "b 4 4"]:
     "Rigid motions that turn about a given point."
-    there, back = torch.eye(4).to(twist), torch.eye(4).to(twist)
+    there, back = (torch.eye(4, dtype=twist.dtype, device=twist.device) for _ in range(2))
     there[:3, 3], back[:3, 3] = centre_mm, -centre_mm
     return there @ twist_matrix(twist) @ back
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .geometry import Grid, crop_grid, index_map, inside, sample_index, voxel_index
+from .geometry import Grid, crop_grid, index_map, inside, sample_index, tensor_like, voxel_index
 from .images import vote
 
 # %% ../../nbs/02_space.fields.ipynb #84e15be0
@@ -26,7 +26,7 @@ def read_index(
     "Index into an image at x + disp(x), for every voxel x of a grid."
     turn = np.linalg.inv(image_grid.affine)[:3, :3] @ (np.eye(3) if world is None else world[:3, :3]) @ grid.axes
     aligned = np.abs(turn - np.diag(np.diag(turn))).max() < 1e-12 * np.abs(turn).max()
-    turn = torch.as_tensor(turn).to(disp)
+    turn = tensor_like(turn, disp)
     step = disp * turn.diagonal().view(3, 1, 1, 1) if aligned else (turn @ disp.flatten(2)).view_as(disp)
     return voxel_index(grid, image_grid, disp, world) + step.movedim(1, -1)
 
@@ -36,7 +36,7 @@ def world_vectors(
     grid: Grid,
 ) -> Float[Tensor, "b i j k 3"]:  # mm, RAS
     "A displacement as vectors of the world."
-    return disp.movedim(1, -1) @ torch.as_tensor(grid.axes.T).to(disp)
+    return disp.movedim(1, -1) @ tensor_like(grid.axes.T, disp)
 
 
 def length_mm(
@@ -51,7 +51,7 @@ def along_axes(
     grid: Grid,
 ) -> Float[Tensor, "b 3 i j k"]:  # mm, along the axes of `grid`
     "Vectors of the world as a displacement."
-    return (vectors @ torch.as_tensor(np.linalg.inv(grid.axes).T).to(vectors)).movedim(-1, -4).reshape(-1, 3, *grid.shape)
+    return (vectors @ tensor_like(np.linalg.inv(grid.axes).T, vectors)).movedim(-1, -4).reshape(-1, 3, *grid.shape)
 
 # %% ../../nbs/02_space.fields.ipynb #fff3aa5f
 def warp(
@@ -90,7 +90,7 @@ def resample_field(
     "Interpolate a smooth field onto another grid, continued linearly by one voxel at the border."
     places = index_map(onto, grid)
     at = [places[axis, axis] * np.arange(n) + places[axis, 3] for axis, n in enumerate(onto.shape)]
-    A, B, C = (torch.as_tensor(linear_weights(n, where)).to(field) for n, where in zip(grid.shape, at))
+    A, B, C = (tensor_like(linear_weights(n, where), field) for n, where in zip(grid.shape, at))
     field = B @ (field @ C.T)
     return (A @ field.flatten(3)).unflatten(3, field.shape[3:])
 

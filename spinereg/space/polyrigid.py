@@ -19,7 +19,7 @@ from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
 from .fields import along_axes, resample_field, smooth_step
-from .geometry import Grid, crop_grid, inside, respace_grid, sample_index, transform_points
+from .geometry import Grid, crop_grid, inside, respace_grid, sample_index, tensor_like, transform_points
 from .rigid import matrix_twist, twist_matrix
 
 # %% ../../nbs/04_space.polyrigid.ipynb #b2e30649
@@ -31,8 +31,8 @@ class DistanceMap(NamedTuple):
 
     def at(self, points: Float[Tensor, "p 3"], world: Tensor | None = None) -> Float[Tensor, " p"]:  # mm, after a (4, 4) map of the points
         index = transform_points(self._to_index(points, world), points)
-        within = torch.minimum(index.clamp_min(0), torch.tensor(self.grid.shape, device=index.device) - 1)
-        beyond = (index - within) * torch.as_tensor(self.grid.spacing_mm).to(index)
+        within = torch.minimum(index.clamp_min(0), tensor_like(self.grid.shape, index) - 1)
+        beyond = (index - within) * tensor_like(self.grid.spacing_mm, index)
         return sample_index(self.values, within[None].to(self.values))[0, 0].to(points) + beyond.norm(dim=-1)
 
     def holds(self, points: Float[Tensor, "p 3"], world: Tensor | None = None) -> Bool[Tensor, " p"]:  # whether they are in the bone

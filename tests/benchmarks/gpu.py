@@ -169,6 +169,12 @@ def measure_step(bench: Bench, precision: str) -> dict:
     return {"crop": size, "precision": precision, **figures, "peak memory, GB": memory, "loss": round(row["loss"], 4)}
 
 
+def kernel_name(key: str) -> str:
+    "What a kernel does, out of a name that PyTorch's templates make hundreds of letters long."
+    said = re.findall(r"\w*[Ff]unctor\w*|\w+_kernel_cuda|\w+Ops?\b", key)
+    return re.sub(r"^void |[<(].*", "", key) + (f" ({said[-1]})" if said else "")
+
+
 def slowest(run: Callable[[], object], device: torch.device, count: int = 3) -> dict:
     "The kernels that took the most time, by name and share; operations where there is no GPU."
     cuda = device.type == "cuda"
@@ -177,7 +183,7 @@ def slowest(run: Callable[[], object], device: torch.device, count: int = 3) -> 
     time_of = (lambda event: event.self_device_time_total) if cuda else (lambda event: event.self_cpu_time_total)
     events = [event for event in found.key_averages() if not cuda or event.device_type == torch.autograd.DeviceType.CUDA]
     whole, longest = sum(map(time_of, events)), sorted(events, key=time_of, reverse=True)[:count]
-    names = [re.sub(r"^void |\(.*", "", event.key)[:80] for event in longest]
+    names = [kernel_name(event.key) for event in longest]
     shares = [f"{100 * time_of(event) / whole:.0f} % in {event.count} calls" for event in longest]
     told = {f"{n}.": f"`{name}` {share}" for n, (name, share) in enumerate(zip(names, shares), 1)}
     return told | {"all, ms": round(whole / 1000, 1)}
