@@ -40,7 +40,7 @@ WRONG = {
     "L2 and L3 swapped": (lambda v: called(v, {21: 22, 22: 21}), "do not follow each other along the spine: .*L2 and L3"),
     "L2 and L4 swapped": (lambda v: called(v, {21: 23, 23: 21}), "do not follow each other along the spine: .*L2 and L3"),
     "intercept 1": (lambda v: v + 1, "C1 holds [0-9]+ cm³, more than a vertebra"),
-    "noise of 24 labels": (lambda v: np.random.default_rng(0).integers(1, 25, v.shape), "scattered voxels, no bones"),
+    "noise of 24 labels": (lambda v: np.random.default_rng(0).integers(1, 25, v.shape), "in parts that do not touch"),
 }
 
 

@@ -44,7 +44,8 @@ def mr(tmp_path):
 @pytest.fixture
 def ct(tmp_path):
     hounsfield = np.random.default_rng(0).normal(60, 40, SHAPE)
-    hounsfield[8:12], hounsfield[:4] = 700, -1000
+    hounsfield[8:12] += 640
+    hounsfield[:4] = -1000
     return read_image(save(tmp_path / "ct.nii.gz", hounsfield.astype("int16")), "moving")
 
 

@@ -110,7 +110,7 @@ def shape_faults(
     "Names that stand for more than one bone, or for none."
     crumbs = bones.largest_cm3 < CRUMBS * bones.cm3
     if crumbs.sum() > len(names) / 2:
-        return [f"{', '.join(np.array(names)[crumbs])}: scattered voxels, no bones"]
+        return [f"{', '.join(np.array(names)[crumbs])}: in parts that do not touch, where one bone each is expected"]
     large = [f"{name} holds {cm3:.0f} cm³, more than a vertebra" for name, cm3 in zip(names, bones.cm3) if cm3 > MOST_CM3[name[0]]]
     apart_mm = np.abs((bones.core_mm[:, 0] - bones.core_mm[:, 1]) @ way_down(bones.centre_mm))
     two = (bones.core_cm3[:, 1] > TWO_CORES * bones.core_cm3[:, 0]) & (apart_mm > [APART_MM[name[0]] for name in names])

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['COORDINATES', 'Landmarks', 'landmark_rows', 'landmark_point', 'read_landmarks', 'write_landmarks', 'Pair', 'attempt',
-           'read_pair']
+           'check_together', 'swapped_modalities', 'read_pair']
 
 # %% ../../nbs/14_files.pairs.ipynb #36dbe448
 import csv
 import io
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .conflicts import check_points, refuse_bone_without_image
 from .labels import VERTEBRAE
 from .problems import InputError, InputFile, Notice, Problem, write_atomic
 from .volumes import Labels, Volume, read_image, read_labels, settle_modality
@@ -47,7 +48,11 @@ def landmark_rows(
     if missing:
         fix = f"The first line must be: name,vertebra,{','.join(COORDINATES)}."
         raise file.error(f"columns are missing: {', '.join(missing)}", fix)
-    rows = [{column: (value or "").strip() for column, value in row.items() if column} for row in table]
+    rows = list(table)
+    if long := [str(line) for line, row in enumerate(rows, 2) if None in row]:
+        reason = f"lines with more values than columns: {', '.join(long[:5])}"
+        raise file.error(reason, "Write decimal points, not commas, and put names with a comma in quotes.")
+    rows = [{column: (value or "").strip() for column, value in row.items()} for row in rows]
     if not rows:
         raise file.error("it holds no landmark", "Leave the landmarks out, or add lines.")
     return rows
@@ -120,6 +125,32 @@ def attempt(
         errors.append(error)
 
 # %% ../../nbs/14_files.pairs.ipynb #d0221b51
+def check_together(
+    errors: list[InputError],  # grows
+    images: Sequence[Volume | None],  # fixed, moving; None where it could not be read
+    maps: Sequence[Labels | None],  # moving, fixed
+    points: Landmarks | None,
+    file: InputFile,  # of the points
+) -> list[Notice]:
+    "Compare the files of a pair with each other; keep the errors."
+    if None in images:
+        return []
+    attempt(errors, refuse_bone_without_image, maps[0], images[1], "moving_labels")
+    if points:
+        attempt(errors, check_points, points.fixed_mm, points.vertebra, images[0], maps[1], "fixed", file)
+        attempt(errors, check_points, points.moving_mm, points.vertebra, images[1], maps[0], "moving", file)
+    return file.notices
+
+
+def swapped_modalities(
+    modalities: Sequence[str],  # of the fixed and the moving image
+    fixed: str,  # name of the file
+) -> list[Notice]:
+    "What to say of a CT that stays and an MR that is moved."
+    text = "is a CT, and the moving image an MR, so that the vertebrae of the MR are kept rigid; swap them if the CT is labelled"
+    return [Notice("fixed", fixed, text)] if list(modalities) == ["ct", "mr"] else []
+
+
 def read_pair(
     fixed: str | Path,  # the image that stays, usually MR
     moving: str | Path,  # the image that is moved, usually CT
@@ -135,15 +166,15 @@ def read_pair(
     errors = []
     images = [attempt(errors, read_image, path, name) for name, path in (("fixed", fixed), ("moving", moving))]
     wanted = (fixed_modality, "fixed"), (moving_modality, "moving")
-    settled = [attempt(errors, settle_modality, image, *how) or ("", ()) for image, how in zip(images, wanted)]
+    settled = [attempt(errors, settle_modality, *given) or ("", ()) for given in zip(images, *zip(*wanted), images[::-1])]
     maps = [
-        attempt(errors, read_labels, moving_labels, moving_scheme, images[1], "moving_labels"),
-        attempt(errors, read_labels, fixed_labels, fixed_scheme, images[0], "fixed_labels"),
+        attempt(errors, read_labels, moving_labels, moving_scheme, images[1], "moving_labels", images[0]),
+        attempt(errors, read_labels, fixed_labels, fixed_scheme, images[0], "fixed_labels", images[1]),
     ]
     points = attempt(errors, read_landmarks, landmarks)
+    together = check_together(errors, images, maps, points, InputFile("landmarks", landmarks or ""))
     said = [*(part.notices for part in (*images, *maps) if part), *(notices for _, notices in settled), *(error.notices for error in errors)]
-    notices = tuple(itertools.chain.from_iterable(said))
+    notices = (*itertools.chain.from_iterable(said), *together, *swapped_modalities([modality for modality, _ in settled], Path(fixed).name))
     if errors:
         raise InputError(*(problem for error in errors for problem in error.problems), notices=notices)
-    maps = [labels if labels and labels.names else None for labels in maps]
     return Pair(*images, *maps, points, *(modality for modality, _ in settled), notices)

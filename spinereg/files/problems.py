@@ -32,6 +32,7 @@ class Notice(NamedTuple):
     name: str  # which input
     file: str  # its name, without the folders
     text: str  # what was found and what is done about it
+    doubt: bool = False  # whether a result may be wrong for it
 
     def __str__(self):
         return f"{self.name} {self.file}: {self.text}"
@@ -60,9 +61,9 @@ class InputFile:
     ):
         self.name, self.path, self.notices = name, Path(path), []
 
-    def notice(self, text: str) -> None:  # what was found and what is done about it
+    def notice(self, text: str, doubt: bool = False) -> None:  # what was found and what is done about it; whether a result may be wrong for it
         "Write something down about this file."
-        self.notices.append(Notice(self.name, self.path.name, text))
+        self.notices.append(Notice(self.name, self.path.name, text, doubt))
 
     def error(self, reason: str, fix: str) -> InputError:  # to be raised
         "The error that says why this file cannot be used."

@@ -240,7 +240,7 @@ def doubts(
     "What speaks against a result; empty where nothing that was measured does."
     measured = [*label_doubts(metrics.labels), *landmark_doubts(metrics.landmarks), *image_doubts(metrics.local_correlation)]
     placed = [*start_doubts(metrics.prealign), *level_doubts(metrics.levels), *vertebra_doubts(metrics.vertebrae)]
-    return [*placed, *measured, *map_doubts(metrics)]
+    return [*(str(notice) for notice in metrics.notices if notice.doubt), *placed, *measured, *map_doubts(metrics)]
 
 # %% ../../nbs/45_registration.report.ipynb #6510beef
 def say_vertebrae(metrics: Metrics) -> list[str]:
