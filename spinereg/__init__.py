@@ -6,7 +6,7 @@ from importlib import import_module
 
 PUBLIC = {  # name -> where it is defined; imported when it is first asked for
     "register": "registration.register",
-    "apply": "registration.register",
+    "apply": "registration.apply",
     "check": "learning.cases",
     "rigidify": "registration.rigidify",
     "fit": "learning.fit",

@@ -23,9 +23,10 @@ from spinereg.files.problems import InputError
 from spinereg.files.transforms import read_transform
 from spinereg.losses.objective import TERMS, Weights
 from spinereg.losses.similarity import LNCC
+from spinereg.registration.apply import apply
 from spinereg.registration.optimise import optimise, parameter_grid
 from spinereg.registration.prealign import rigid_start
-from spinereg.registration.register import apply, memory_warning, register
+from spinereg.registration.register import memory_warning, register
 from spinereg.registration.scene import Scene, make_batch, make_scene, overlap_mask, working_grid
 from spinereg.space.geometry import Grid, transform_points
 from spinereg.space.images import label_centres_mm

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'PENALTIES', 'scheme_faults', 'fault_of', 'Inputs', 'Way', 'bone_faults', 'RegisterSettings', 'memory_gb',
            'memory_warning', 'Prepared', 'label_tables', 'read_inputs', 'prepare', 'stay', 'ask_network',
-           'find_velocity', 'conclude', 'carry_out', 'register', 'carry', 'read_values', 'apply_points', 'apply']
+           'find_velocity', 'conclude', 'carry_out', 'register']
 
 # %% ../../nbs/48_registration.register.ipynb #81bd1d90
 from collections.abc import Callable, Mapping, Sequence
@@ -18,15 +18,11 @@ import numpy as np
 import pandas as pd
 import psutil
 import torch
-from jaxtyping import Shaped
-from torch import Tensor
 
 from ..files.labels import scheme_table
-from ..files.nifti import read_nifti, write_image
 from ..files.pairs import Pair, read_pair
 from ..files.problems import InputError, InputFile, Notice, write_atomic
-from ..files.transforms import SpineTransform, read_transform
-from ..files.volumes import read_image, whole_numbers
+from ..files.transforms import SpineTransform
 from ..losses.objective import FREE_TERMS, TERMS, Weights
 from ..losses.similarity import Similarity, similarity_of
 from .bones_first import bones_first, read_poses
@@ -50,8 +46,7 @@ from spinereg.registration.run import (
     whole,
 )
 from .scene import Scene, make_batch, make_scene, working_grid
-from ..space.fields import warp, warp_labels
-from ..space.geometry import Grid, slabs
+from ..space.geometry import Grid
 
 # %% ../../nbs/48_registration.register.ipynb #438211ab
 def scheme_faults(name: str, scheme: str | Mapping) -> list[str]:
@@ -415,66 +410,3 @@ def register(
         rigidify=rigidify, poses=poses,
     )
     return carry_out(settings, on_step)
-
-# %% ../../nbs/48_registration.register.ipynb #e73047e1
-def carry(
-    values: Shaped[Tensor, "i j k"],  # an image; integers are labels
-    grid: Grid,
-    onto: Grid,
-    phi: SpineTransform,
-    to: str,  # the world of `onto`: "fixed" or "moving"
-) -> Shaped[Tensor, "x y z"]:  # the smallest value outside; 0 for labels
-    "Read an image (linear) or labels (by vote) through a transform or its inverse."
-    disp, rigid = (phi.disp_on(onto), phi.rigid) if to == "fixed" else (phi.total_inv_on(onto), None)
-    if values.is_floating_point():
-        return warp(values[None, None], grid, onto, disp, rigid, outside="lowest")[0, 0]
-    return warp_labels(values[None], grid, onto, disp, rigid)[0][0]
-
-# %% ../../nbs/48_registration.register.ipynb #54c9f25e
-def read_values(
-    what: str | Path,
-    labels: bool,  # True reads whole numbers
-) -> tuple[Shaped[Tensor, "i j k"], Grid, Sequence[Notice]]:
-    "The voxels of an image or a label map of any scheme, and what was noticed about it."
-    if not labels:
-        image = read_image(what, "what")
-        return image.data, image.grid, image.notices
-    file = InputFile("what", what)
-    data, native = read_nifti(file)
-    return torch.from_numpy(whole_numbers(data, file)), native.grid, file.notices
-
-
-def apply_points(
-    path: Path,  # CSV with columns x_mm, y_mm, z_mm
-    out: Path,
-    where: Callable[[Tensor], Tensor],  # world points -> world points
-) -> Path:  # the file written, with all other columns
-    "Carry the points of a CSV file."
-    table, columns = pd.read_csv(path), ["x_mm", "y_mm", "z_mm"]
-    if not set(columns) <= set(table.columns):
-        raise InputFile("what", path).error(f"has the columns {list(table.columns)}", f"Points need the columns {columns}, in RAS mm.")
-    table[columns] = where(torch.tensor(table[columns].to_numpy(float))).numpy()
-    return write_atomic(out, partial(table.to_csv, index=False))
-
-# %% ../../nbs/48_registration.register.ipynb #48fb8b73
-def apply(
-    transform: str | Path,  # transform.h5 or the folder with it, from `register`
-    what: str | Path,  # image or label map (NIfTI), or points: a CSV with columns x_mm, y_mm, z_mm (RAS)
-    out: str | Path,  # file to write, .nii.gz or .csv
-    onto: str | Path | None = None,  # image whose voxels the result gets; not for points
-    to: str = "fixed",  # the world to carry it into: "fixed" or "moving"
-    labels: bool = False,  # True keeps label values whole
-) -> Path:  # the file written
-    "Carry an image, a label map or points through a saved transform."
-    refuse("apply", [one_of("to", to, ("fixed", "moving"))])
-    phi = read_transform(transform)
-    if str(what).endswith(".csv"):
-        return apply_points(Path(what), Path(out), phi.inverse_points if to == "fixed" else phi.points)
-    if onto is None:
-        raise ValueError("apply: onto=None: expected the image whose voxels the result gets, such as the fixed image")
-    target = read_image(onto, "onto")
-    values, grid, notices = read_values(what, labels)
-    for notice in (*target.notices, *notices):
-        print(notice)
-    carried = torch.cat([carry(values, grid, part, phi, to) for part in slabs(target.native.grid)])
-    return write_image(out, carried, target.native, np.min_scalar_type(int(values.max())).name if labels else "float32")
