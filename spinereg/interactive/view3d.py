@@ -65,7 +65,7 @@ def niivue_widget(
     layout = {"multiplanar_layout": MultiplanarType.GRID, "multiplanar_show_render": ShowRender.ALWAYS, "back_color": (1, 1, 1, 1)}
     viewer = NiiVue(height=600, is_radiological_convention=True, sagittal_nose_left=True, crosshair_width=0.5, **layout)
     viewer.load_volumes(volumes)
-    legend = HTML(" &nbsp; ".join(f'<b style="color: {COLOURS[k % len(COLOURS)]}">{name}</b>' for k, name in enumerate(names, 1)))
+    legend = HTML(" &nbsp; ".join(f'<b style="color: {COLOURS[k % len(COLOURS)]}">{escape(name)}</b>' for k, name in enumerate(names, 1)))
     return VBox([legend, viewer])
 
 # %% ../../nbs/77_interactive.view3d.ipynb #5f5268d9

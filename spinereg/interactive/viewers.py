@@ -8,6 +8,7 @@ __all__ = ['PLANES', 'LiveSlices', 'control_rows', 'stack_controls', 'SliceViewe
 # %% ../../nbs/75_interactive.viewers.ipynb #e29e3430
 from dataclasses import replace
 from functools import cached_property
+from html import escape
 
 import ipywidgets as widgets
 from ipyevents import Event
@@ -113,7 +114,7 @@ class SliceViewer(LiveSlices):
         "Bring the live picture, the words and the controls up to date."
         self.live.turn(self.view)
         self.image.value = self.live.png()
-        self.words.value = f"<pre>{describe_point(self.stack, self.view.at)}</pre>"
+        self.words.value = f"<pre>{escape(describe_point(self.stack, self.view.at))}</pre>"
         self.controls.show(self.view)
         self.record_soon()
 

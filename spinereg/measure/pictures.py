@@ -17,15 +17,29 @@ import torch
 from contourpy import contour_generator
 from jaxtyping import Float, Int
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.backend_bases import RendererBase
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.ticker import LogFormatter, LogFormatterMathtext
 from torch import Tensor
 
 from ..space.geometry import Grid
 
 # %% ../../nbs/32_measure.pictures.ipynb #8cebd701
 class Picture(Figure):
-    "A Matplotlib figure that shows itself in a notebook whatever the backend."
+    "A Matplotlib figure that shows itself in a notebook whatever the backend, and every text in it as it is."
+
+    def draw(self, renderer: RendererBase) -> None:
+        "Draw it without formulas."
+        for axis in self.findobj(Axis):
+            if isinstance(axis.get_major_formatter(), LogFormatterMathtext):
+                axis.set_major_formatter(LogFormatter())
+                axis.set_minor_formatter(LogFormatter())
+        for text in self.findobj(Text):
+            text.set(parse_math=False, usetex=False)
+        super().draw(renderer)
 
     def _repr_png_(self) -> bytes:
         with BytesIO() as png:
