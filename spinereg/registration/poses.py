@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
@@ -41,15 +41,17 @@ def make_side(
     image: Float[Tensor, "i j k"],  # as `searchable` gives it
     grid: Grid,
     modality: str,  # "ct" or "mr"
+    measured: Bool[Tensor, "i j k"] | None = None,  # False where voxels were filled in
 ) -> Side:
     "An image, and where it says something."
-    return Side(image, grid, inside_body(image, grid) if modality == "mr" else torch.ones_like(image))
+    data = inside_body(image, grid) if modality == "mr" else torch.ones_like(image)
+    return Side(image, grid, data if measured is None else data * measured.to(data))
 
 
 def sides_of(pair: Pair, device: torch.device) -> tuple[Side, Side]:
     "The fixed and the moving image of a pair as bones are compared in them."
     images = (pair.fixed, pair.fixed_modality), (pair.moving, pair.moving_modality)
-    fixed, moving = (make_side(searchable(volume, kind).to(device), volume.grid, kind) for volume, kind in images)
+    fixed, moving = (make_side(searchable(volume, kind).to(device), volume.grid, kind, volume.measured) for volume, kind in images)
     return fixed, moving
 
 # %% ../../nbs/42a_registration.poses.ipynb #7a01a005
