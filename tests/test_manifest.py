@@ -1,5 +1,6 @@
 """A result folder is whole and of one run, or it is refused: kills, full disks, two runs at once, other people's files."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -62,7 +63,8 @@ def write_text(folder, text, names=NAMES):
 
 def texts(folder):
     "What is in the files of a result, once it was compared with its manifest."
-    return {path.relative_to(folder).as_posix(): path.read_text() for path in result_files(InputFile("result", folder), "*")}
+    with result_files(InputFile("result", folder), "*") as files:
+        return {path.relative_to(folder).as_posix(): path.read_text() for path in files}
 
 
 def leavings(folder):
@@ -179,8 +181,9 @@ def test_d_kill_leavings_of_a_living_run_are_left_alone(tmp_path):
 
 
 def test_two_results_at_once_are_never_mixed(tmp_path):
-    """D-manifest: the last one wins, with all of its files."""
+    """D-manifest: the last one wins, with all of its files; who reads meanwhile gets one result, or an error."""
     begin, failed = threading.Barrier(4), []
+    write_text(tmp_path, "0")
 
     def run(number):
         try:
@@ -193,8 +196,9 @@ def test_two_results_at_once_are_never_mixed(tmp_path):
     threads = [threading.Thread(target=run, args=(number,)) for number in range(4)]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
+    while any(thread.is_alive() for thread in threads):
+        with contextlib.suppress(InputError, FileNotFoundError):
+            assert len(set(texts(tmp_path).values())) == 1
     found = texts(tmp_path)
     assert not failed and len(set(found.values())) == 1 and found.keys() == {*NAMES[int(found["metrics.json"]) % 2 :]}
     assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()} == {*found, MANIFEST}

@@ -48,13 +48,14 @@ def is_done(
     "Whether a folder holds what a function gives for these arguments, from files that have not changed since."
     record = folder / "metrics.json"
     try:
-        if record not in result_files(InputFile("result", folder), "*"):
-            return False
+        with result_files(InputFile("result", folder), "*") as files:
+            then = json.loads(record.read_text("utf-8"))["parameters"] if record in files else None
     except InputError:  # not whole, or changed since
+        return False
+    if then is None:
         return False
     arguments = {name: parameter.default for name, parameter in inspect.signature(function).parameters.items() if name not in ("out_dir", "on_step")}
     wanted = json.loads(json.dumps(arguments | dict(given), default=str))
-    then = json.loads(record.read_text("utf-8"))["parameters"]
     same = wanted == {name: value for name, value in then.items() if name not in ("out_dir", "itk_elastix", "taken")}
     return same and all(Path(file).stat().st_mtime <= record.stat().st_mtime for file in input_files(given))
 
@@ -121,7 +122,9 @@ def read_run(
     cases, vertebrae = [], []
     places = {file.parent for name in (MANIFEST, "metrics.json") for file in Path(folder).glob(f"*/{name}")}
     for place in sorted(place for place in places if names is None or place.name in names):
-        if files := result_files(InputFile("result", place), "metrics.json", "vertebrae.csv"):
+        with result_files(InputFile("result", place), "metrics.json", "vertebrae.csv") as files:
+            if not files:
+                continue
             record, table = sorted(files)
             cases.append({"case": place.name} | case_row(json.loads(record.read_text("utf-8"))))
             if table.read_text("utf-8").strip(' "\n'):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'FORMAT', 'content_hash', 'describe', 'write_manifest', 'read_manifest', 'strangers', 'check_room',
-           'in_turn', 'write_result', 'result_files']
+           'in_turn', 'write_result', 'compare_files', 'result_files']
 
 # %% ../../nbs/10a_files.manifest.ipynb #130a3548
 import hashlib
@@ -124,13 +124,13 @@ def write_result(
             write_manifest(folder, new, whole=True)
 
 # %% ../../nbs/10a_files.manifest.ipynb #b019613e
-def result_files(
+def compare_files(
     file: InputFile,  # a result folder, or a file in it that was asked for by name
-    *patterns: str,  # of the names of files in the folder, such as "vertebrae/*.tfm"
-) -> list[Path]:  # none where there are none
-    "The files of a result, compared with its manifest."
-    folder = file.path if file.path.is_dir() else file.path.parent
-    manifest = read_manifest(folder)
+    folder: Path,
+    manifest: Mapping | None,  # of it
+    patterns: Iterable[str],
+) -> list[Path]:
+    "The files of a result that match, if they are as its manifest says."
     if manifest is None:
         there = sorted(path for pattern in patterns for path in folder.glob(pattern))
         if there and file.path.is_dir():
@@ -148,3 +148,16 @@ def result_files(
             reason = f"{path} {got}, expected {said['size']} bytes and {said['sha256'][:12]}... as {MANIFEST} says: changed since it was written"
             raise file.error(reason, "Put it back as it was, or run again.")
     return list(named)
+
+
+@contextmanager
+def result_files(
+    file: InputFile,  # a result folder, or a file in it that was asked for by name
+    *patterns: str,  # of the names of files in the folder, such as "vertebrae/*.tfm"
+) -> Iterator[list[Path]]:  # to be read within; none where there are none
+    "The files of a result, compared with its manifest before they are read, and the manifest with itself afterwards."
+    folder = file.path if file.path.is_dir() else file.path.parent
+    manifest = read_manifest(folder)
+    yield compare_files(file, folder, manifest, patterns)
+    if read_manifest(folder) != manifest:
+        raise file.error(f"another run wrote into {folder} while it was read", "Read it again.")

@@ -202,11 +202,11 @@ def read_transform(
 ) -> SpineTransform:
     "Read a transform written by `write_transform`; one in a result folder is compared with its manifest."
     file, path = InputFile("transform", path), Path(path) / "transform.h5" if Path(path).is_dir() else Path(path)
-    result_files(file, path.name, "inverse.h5")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such transform file; expected a transform.h5 written by spinereg, or its folder")
-    grid, disp, rigid = read_composite(path, field_first=True)
-    disp_inv = read_inverse(path.with_name("inverse.h5"), grid, disp, rigid) if path.name == "transform.h5" else None
+    with result_files(file, path.name, "inverse.h5"):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such transform file; expected a transform.h5 written by spinereg, or its folder")
+        grid, disp, rigid = read_composite(path, field_first=True)
+        disp_inv = read_inverse(path.with_name("inverse.h5"), grid, disp, rigid) if path.name == "transform.h5" else None
     if disp_inv is None:
         disp_inv = invert(disp, grid)
         if not comes_back(disp, disp_inv, grid):

@@ -73,10 +73,10 @@ def stored_motions(
     file: InputFile,  # a result folder, or a file that lies in it
 ) -> dict[str, object]:  # (4, 4) of every vertebra, fixed -> moving, RAS mm
     "The motions of a result folder."
-    found = result_files(file, "vertebrae/*.tfm", "metrics.json")
-    if transforms := [path for path in found if path.suffix == ".tfm"]:
-        return {path.stem: read_rigid(InputFile(file.name, path)) for path in transforms}
-    motions = json.loads(found[0].read_text("utf-8")).get("motions") if found else None
+    with result_files(file, "vertebrae/*.tfm", "metrics.json") as found:
+        if transforms := [path for path in found if path.suffix == ".tfm"]:
+            return {path.stem: read_rigid(InputFile(file.name, path)) for path in transforms}
+        motions = json.loads(found[0].read_text("utf-8")).get("motions") if found else None
     if not motions:
         folder = file.path if file.path.is_dir() else file.path.parent
         raise file.error(f"expected vertebrae/*.tfm or a metrics.json with motions in {folder}, which hold the poses; found neither", POSES_FIX)
