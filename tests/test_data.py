@@ -366,7 +366,7 @@ def test_d12_space_is_printed_before_anything_is_read_and_is_of_the_right_size(p
 
 
 def test_d12_disk_cache_follows_content_and_settings(tmp_path):
-    """D12: another content or setting is another file; another date is not; what failed is tried again."""
+    """D12: another content or setting is another file; another date is not; what failed is tried again, and what is damaged made anew."""
     folder, kept = draw(tmp_path / "train" / "a"), tmp_path / "kept"
     case = case_of(folder)
     first = OnDisk(QUICK, kept)(case)
@@ -375,6 +375,11 @@ def test_d12_disk_cache_follows_content_and_settings(tmp_path):
     os.utime(folder / "ct.nii.gz", (1, 1))
     assert torch.equal(OnDisk(QUICK, kept)(case)["fixed"], first["fixed"])
     assert [path.stat().st_mtime_ns for path in kept.iterdir()] == [written]
+    good = file.read_bytes()
+    for bad in (b"", b"half", good[:1000], good[: len(good) // 2], pickle.dumps({"fixed": Path})):
+        file.unlink()  # what is mapped into memory is not cut short
+        file.write_bytes(bad)
+        assert torch.equal(OnDisk(QUICK, kept)(case)["fixed"], first["fixed"]) and len(file.read_bytes()) == len(good)
     for other in (PrepareCase(3.0, "header"), PrepareCase(2.0, "header", minimum_mm3=100.0), PrepareCase(2.0, "header", fixed_scheme="spineps")):
         assert OnDisk(other, kept).path(case) != file
     whole = (folder / "mr_t1.nii.gz").read_bytes()

@@ -1,6 +1,7 @@
 "Poses that are given: where they are read from, what is refused, and how a failed level is repaired with them."
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from spinereg import read_poses, register
+from spinereg.files.manifest import write_result
 from spinereg.files.pairs import read_pair
 from spinereg.files.transforms import write_motions
 from spinereg.registration.bones_first import place_poses
@@ -68,9 +70,10 @@ def test_every_vertebra_is_reached_from_the_nearest_that_is_known():
 def folder(tmp_path):
     "A result folder, as far as poses go."
     motions = {"L3": rigid(), "L2": rigid((0, 0.3, 0))}
-    write_motions(tmp_path, motions)
-    (tmp_path / "metrics.json").write_text(json.dumps({"motions": {name: motion.tolist() for name, motion in motions.items()}}))
-    (tmp_path / "vertebrae.csv").write_text("vertebra,distance_mm\nL2,1\nL3,2\n")
+    with write_result(tmp_path) as aside:
+        write_motions(aside, motions)
+        (aside / "metrics.json").write_text(json.dumps({"motions": {name: motion.tolist() for name, motion in motions.items()}}))
+        (aside / "vertebrae.csv").write_text("vertebra,distance_mm\nL2,1\nL3,2\n")
     return tmp_path, motions
 
 
@@ -78,14 +81,20 @@ def same(poses, motions):
     return poses.keys() == motions.keys() and all(np.abs(poses[name] - motions[name]).max() < 1e-6 for name in motions)
 
 
-def test_poses_of_a_folder_are_read_from_its_transforms_or_its_record(folder):
+def test_poses_of_a_folder_are_read_from_its_transforms_or_its_record(folder, tmp_path):
     place, motions = folder
     assert same(read_poses(place), motions) and same(read_poses(str(place / "vertebrae.csv")), motions)
     write_motions(place, {"L2": rigid((0, 0, 0), (1, 2, 3))})  # set by hand since
-    assert read_poses(place)["L2"][:3, 3] == pytest.approx([1, 2, 3])
-    for file in (place / "vertebrae").iterdir():
-        file.unlink()
-    assert same(read_poses(place), motions) and same(read_poses(place / "vertebrae.csv"), motions)
+    for what in (place, place / "vertebrae.csv"):
+        with pytest.raises(ValueError, match="L2.tfm .*changed since it was written"):
+            read_poses(what)
+    by_hand = tmp_path / "by_hand"
+    for name in ("metrics.json", "vertebrae.csv", "vertebrae"):
+        (by_hand / name).parent.mkdir(exist_ok=True)
+        (shutil.copytree if name == "vertebrae" else shutil.copy)(place / name, by_hand / name)
+    assert read_poses(by_hand / "vertebrae.csv")["L2"][:3, 3] == pytest.approx([1, 2, 3])
+    shutil.rmtree(by_hand / "vertebrae")
+    assert same(read_poses(by_hand / "vertebrae.csv"), motions)
 
 
 def test_a_row_that_is_gone_from_the_table_is_not_given(folder):
@@ -156,9 +165,10 @@ def test_files_without_poses_are_refused(folder, tmp_path):
 
 def test_a_transform_beside_the_table_that_is_not_rigid_is_refused_by_name(folder):
     place, _ = folder
+    (place / "manifest.json").unlink()
     write_motions(place, {"L2": np.diag([1.0, 1, 1.2, 1])})
     with pytest.raises(ValueError, match=r"poses .*L2\.tfm: scales, shears or mirrors"):
-        read_poses(place)
+        read_poses(place / "vertebrae.csv")
 
 
 def test_a_vertebra_that_the_labels_do_not_have_is_refused():

@@ -1,6 +1,7 @@
 "The published networks, against counted weights, explicit padding and averaged coordinates."
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -183,12 +184,26 @@ def test_e5_what_is_no_weights_file_is_refused(tmp_path):
     save_file({"w": torch.zeros(2)}, tmp_path / "foreign.safetensors")
     future = {"format": "spinereg-unet-99", "spinereg": "9.0", "full_resolution": False, "spacing_mm": 1.0, "about": {}}
     save_file({"w": torch.zeros(2)}, tmp_path / "future.safetensors", {"spinereg": json.dumps(future)})
+    for name, spacing_mm, epoch in (("flat", 0.0, 1), ("inside_out", -2.0, 1), ("nowhere_mm", math.nan, 1), ("never", 1.0, math.nan)):
+        save_weights(tmp_path / f"{name}.safetensors", UNet(), spacing_mm, {"epoch": epoch})
+    spoilt = UNet()
+    spoilt.velocity.bias.data[1] = math.nan
+    save_weights(tmp_path / "spoilt.safetensors", spoilt, 1.0, {})
     for name, words in {
         "text": r"text\.safetensors is no safetensors file",
         "foreign": r"foreign\.safetensors has the format None.*reads 'spinereg-unet-1'",
         "future": r"future\.safetensors has the format 'spinereg-unet-99'",
+        "flat": r"flat\.safetensors: spacing_mm=0.0: expected a number from 0.2 to 5",
+        "inside_out": r"spacing_mm=-2.0: expected a number from 0.2 to 5",
+        "nowhere_mm": r"spacing_mm=nan: expected a number from 0.2 to 5",
+        "never": r"never\.safetensors: epoch=nan: expected a whole number, at least 0",
+        "spoilt": r"1 of \d+ tensors hold numbers that are not finite, such as velocity\.bias",
     }.items():
         with pytest.raises(ValueError, match=words):
             load_network(tmp_path / f"{name}.safetensors")
+    torch.save({"format": "spinereg-training-2"}, tmp_path / "last.pt")
+    with pytest.raises(ValueError, match=r"give the last\.safetensors beside it; a last\.pt is for resume=True") as caught:
+        load_network(tmp_path / "last.pt")
+    assert "weights_only" not in str(caught.value)
     with pytest.raises(FileNotFoundError, match="best.safetensors"):
         load_network(tmp_path / "nowhere")

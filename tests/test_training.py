@@ -1,7 +1,9 @@
 """Training: stages, checkpoints that can be gone on from, several processes, precision, losses that are not finite."""
 
 import inspect
+import math
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -283,6 +285,19 @@ def test_e5_a_foreign_checkpoint_is_refused(quick, tmp_path):
         torch.save({"format": name}, tmp_path / "last.pt")
         with pytest.raises(ValueError, match=f"has the format '{name}'.*start='last.safetensors'"):
             fit(out_dir=tmp_path, resume=True, **quick)
+
+
+def test_a_damaged_checkpoint_is_refused(four, quick, tmp_path):
+    """Cut off, another file, an epoch that is no number; in words of ours, and with a way on."""
+    good, spoilt = (four[0] / "last.pt").read_bytes(), state(four[0])
+    spoilt["progress"]["epoch"] = math.nan
+    torch.save(spoilt, tmp_path / "nan.pt")
+    said = dict.fromkeys((good[:1000], b"", b"text", pickle.dumps(Path, 2)), "is no checkpoint, or damaged")
+    for content, words in (said | {(tmp_path / "nan.pt").read_bytes(): "epoch=nan: expected a whole number"}).items():
+        (tmp_path / "last.pt").write_bytes(content)
+        with pytest.raises(ValueError, match=f"{words}.*start='last.safetensors'") as caught:
+            fit(out_dir=tmp_path, resume=True, **quick)
+        assert "weights_only" not in str(caught.value)
 
 
 # what is known of a training

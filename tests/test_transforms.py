@@ -86,7 +86,7 @@ def test_A10_far_from_the_field_only_the_rigid_part_acts(phi):
 
 def test_reading_back_is_the_same_map(phi, tmp_path):
     write_transform(tmp_path, phi)
-    again, x = read_transform(tmp_path), inside_points(phi)
+    again, x = read_transform(tmp_path / "transform.h5"), inside_points(phi)
     assert (again.points(x) - phi.points(x)).abs().max() < 1e-4
     assert (again.inverse_points(x) - phi.inverse_points(x)).abs().max() < 1e-4
     (tmp_path / "inverse.h5").unlink()
@@ -96,7 +96,7 @@ def test_reading_back_is_the_same_map(phi, tmp_path):
 def test_other_files_are_refused_with_their_content(tmp_path):
     write_itk(tmp_path / "transform.h5", sitk.Euler3DTransform())
     with pytest.raises(ValueError, match=r"transform\.h5.*Euler"):
-        read_transform(tmp_path)
+        read_transform(tmp_path / "transform.h5")
     with pytest.raises(FileNotFoundError, match="no such transform"):
         read_transform(tmp_path / "nothing.h5")
 
@@ -135,7 +135,7 @@ def test_the_inverse_of_another_run_is_not_taken(phi, tmp_path):
         folder.mkdir(exist_ok=True)
         if folder != tmp_path:
             (tmp_path / "transform.h5").rename(folder / "transform.h5")
-        again = read_transform(folder)
+        again = read_transform(folder / "transform.h5")
         assert (again.inverse_points(again.points(x)) - x).norm(dim=1).max() < 0.5
 
 
@@ -143,4 +143,4 @@ def test_a_map_without_inverse_is_refused(phi, tmp_path):
     folded = SpineTransform(phi.grid, 8 * phi.disp, -8 * phi.disp, phi.rigid)
     write_transform(tmp_path, folded)
     with pytest.raises(ValueError, match="has no inverse"):
-        read_transform(tmp_path)
+        read_transform(tmp_path / "transform.h5")

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PAR0004', 'DESCENT', 'CONDITIONS', 'PENALTIES', 'CAREFUL', 'voxels_apart', 'penalty_settings', 'parameter_map',
            'own_frame', 'write_inputs', 'read_disp', 'compute', 'ElastixError', 'how_it_ended', 'start_child',
-           'steps_done', 'check_end', 'run_child', 'Found', 'read_history', 'solve', 'ElastixSettings', 'need_elastix',
-           'bone_mask', 'bone_numbers', 'register_elastix']
+           'steps_done', 'check_end', 'ended_together', 'run_child', 'Found', 'read_history', 'solve',
+           'ElastixSettings', 'need_elastix', 'bone_mask', 'bone_numbers', 'register_elastix']
 
 # %% ../../nbs/60_compare.elastix.ipynb #381b23d8
 import inspect
@@ -17,8 +17,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from numbers import Real
@@ -232,6 +234,27 @@ def check_end(
         raise ElastixError(f"elastix did not use {', '.join(unused)}: this version knows no such setting, or nothing here needs it")
 
 
+@contextmanager
+def ended_together(
+    child: subprocess.Popen,
+) -> Iterator[None]:
+    "End a child where this process is told to end (SIGTERM), and then end as it would have without one."
+
+    def end(number, _frame):
+        child.kill()
+        signal.signal(number, before)
+        os.kill(os.getpid(), number)
+
+    if threading.current_thread() is not threading.main_thread():  # no other may listen to signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def run_child(
     folder: Path,  # from `write_inputs`
     steps: int,  # that there will be in all
@@ -239,7 +262,7 @@ def run_child(
 ) -> None:
     "Run `compute` in a process of its own, and report it where it fails."
     end, bar = time.monotonic() + timeout_s, tqdm(total=steps, bar_format=PROGRESS.replace("; {desc}", ""), mininterval=2, file=sys.stdout)
-    with bar, (folder / "said.txt").open("w") as out, start_child(folder, out) as child:
+    with bar, (folder / "said.txt").open("w") as out, start_child(folder, out) as child, ended_together(child):
         try:
             while (code := child.poll()) is None and time.monotonic() < end:
                 time.sleep(0.1)

@@ -24,7 +24,8 @@ from scipy.stats import bootstrap
 from tqdm import tqdm
 
 from .elastix import register_elastix
-from ..files.problems import InputError, Problem, path_in, write_atomic
+from ..files.manifest import MANIFEST, result_files
+from ..files.problems import InputError, InputFile, Problem, path_in, write_atomic
 from ..learning.cases import FILES, Case, find_cases
 from ..measure.pictures import Picture
 from ..registration.networks import find_weights
@@ -47,11 +48,15 @@ def is_done(
 ) -> bool:
     "Whether a folder holds what a function gives for these arguments, from files that have not changed since."
     record = folder / "metrics.json"
-    if not record.is_file():
+    try:
+        with result_files(InputFile("result", folder), "*") as files:
+            then = json.loads(record.read_text("utf-8"))["parameters"] if record in files else None
+    except InputError:  # not whole, or changed since
+        return False
+    if then is None:
         return False
     arguments = {name: parameter.default for name, parameter in inspect.signature(function).parameters.items() if name not in ("out_dir", "on_step")}
     wanted = json.loads(json.dumps(arguments | dict(given), default=str))
-    then = json.loads(record.read_text("utf-8"))["parameters"]
     same = wanted == {name: value for name, value in then.items() if name not in ("out_dir", "itk_elastix", "taken")}
     return same and all(Path(file).stat().st_mtime <= record.stat().st_mtime for file in input_files(given))
 
@@ -116,13 +121,15 @@ def read_run(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # a row per case; a row per case and vertebra
     "Gather the figures of a run from its result files."
     cases, vertebrae = [], []
-    for file in sorted(Path(folder).glob("*/metrics.json")):
-        if names is not None and file.parent.name not in names:
-            continue
-        cases.append({"case": file.parent.name} | case_row(json.loads(file.read_text("utf-8"))))
-        table = file.with_name("vertebrae.csv")
-        if table.read_text("utf-8").strip(' "\n'):
-            vertebrae.append(pd.read_csv(table).assign(case=file.parent.name))
+    places = {file.parent for name in (MANIFEST, "metrics.json") for file in Path(folder).glob(f"*/{name}")}
+    for place in sorted(place for place in places if names is None or place.name in names):
+        with result_files(InputFile("result", place), "metrics.json", "vertebrae.csv") as files:
+            if not files:
+                continue
+            record, table = sorted(files)
+            cases.append({"case": place.name} | case_row(json.loads(record.read_text("utf-8"))))
+            if table.read_text("utf-8").strip(' "\n'):
+                vertebrae.append(pd.read_csv(table).assign(case=place.name))
     if not cases:
         raise FileNotFoundError(f"{folder}: no <case>/metrics.json in it; expected the folder of a run, as `evaluate_runs` or `register` writes it")
     return pd.DataFrame(cases), pd.concat(vertebrae, ignore_index=True) if vertebrae else pd.DataFrame()

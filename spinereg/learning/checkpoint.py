@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'Records', 'read_records', 'epoch_row', 'keep_weights', 'random_state', 'set_random_state',
-           'save_checkpoint', 'read_checkpoint', 'restore']
+           'save_checkpoint', 'load_state', 'read_checkpoint', 'restore']
 
 # %% ../../nbs/54_learning.checkpoint.ipynb #ead61114
 import json
@@ -21,6 +21,7 @@ from ..files.problems import write_atomic
 from .learner import Learner, Progress
 from ..losses.objective import Weights
 from ..registration.networks import save_weights
+from ..registration.run import whole
 
 # %% ../../nbs/54_learning.checkpoint.ipynb #9edf408d
 class Records(NamedTuple):
@@ -107,6 +108,16 @@ def save_checkpoint(
         write_atomic(path, partial(torch.save, state))
 
 # %% ../../nbs/54_learning.checkpoint.ipynb #c87c86d0
+def load_state(
+    path: str | Path,
+) -> object:  # None where it cannot be read
+    "What a file of PyTorch holds."
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # of damaged files, it raises whatever it stumbles over
+        return None
+
+
 def read_checkpoint(
     path: str | Path,
     accelerator,  # accelerate.Accelerator
@@ -114,10 +125,14 @@ def read_checkpoint(
     "Read what a training needs to go on."
     from accelerate.utils import broadcast_object_list
 
-    [state] = broadcast_object_list([torch.load(path, map_location="cpu", weights_only=True) if accelerator.is_main_process else None])
+    [state] = broadcast_object_list([load_state(path) if accelerator.is_main_process else None])
+    anew = "begin in another out_dir with start='last.safetensors', the weights beside it"
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{path} is no checkpoint, or damaged: {anew}")
     if state.get("format") != FORMAT:
-        fix = "go on with the version that wrote it, or begin in another out_dir with start='last.safetensors', the weights beside it"
-        raise ValueError(f"{path} has the format {state.get('format')!r}, expected {FORMAT!r}: {fix}")
+        raise ValueError(f"{path} has the format {state.get('format')!r}, expected {FORMAT!r}: go on with the version that wrote it, or {anew}")
+    if wrong := "; ".join(filter(None, (whole(name, state["progress"][name], 0) for name in ("epoch", "taken")))):
+        raise ValueError(f"{path}: {wrong}; the file was damaged or changed: {anew}")
     return state
 
 

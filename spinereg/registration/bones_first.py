@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from ..files.manifest import result_files
 from ..files.pairs import Pair
 from ..files.problems import InputFile, Notice
 from ..files.transforms import SpineTransform, read_rigid
@@ -72,12 +73,12 @@ def stored_motions(
     file: InputFile,  # a result folder, or a file that lies in it
 ) -> dict[str, object]:  # (4, 4) of every vertebra, fixed -> moving, RAS mm
     "The motions of a result folder."
-    folder = file.path if file.path.is_dir() else file.path.parent
-    if transforms := sorted(folder.glob("vertebrae/*.tfm")):
-        return {path.stem: read_rigid(InputFile(file.name, path)) for path in transforms}
-    record = folder / "metrics.json"
-    motions = json.loads(record.read_text("utf-8")).get("motions") if record.is_file() else None
+    with result_files(file, "vertebrae/*.tfm", "metrics.json") as found:
+        if transforms := [path for path in found if path.suffix == ".tfm"]:
+            return {path.stem: read_rigid(InputFile(file.name, path)) for path in transforms}
+        motions = json.loads(found[0].read_text("utf-8")).get("motions") if found else None
     if not motions:
+        folder = file.path if file.path.is_dir() else file.path.parent
         raise file.error(f"expected vertebrae/*.tfm or a metrics.json with motions in {folder}, which hold the poses; found neither", POSES_FIX)
     return motions
 

@@ -20,8 +20,9 @@ import psutil
 import torch
 
 from ..files.labels import scheme_table
+from ..files.manifest import check_room
 from ..files.pairs import Pair, read_pair
-from ..files.problems import InputError, InputFile, Notice, write_atomic
+from ..files.problems import InputError, InputFile, Notice
 from ..files.transforms import SpineTransform
 from ..losses.objective import FREE_TERMS, TERMS, Weights
 from ..losses.similarity import Similarity, similarity_of
@@ -30,7 +31,7 @@ from .networks import Trained, load_network, predict
 from .optimise import Optimised, make_transform, optimise
 from .prealign import RigidStart, prealign_fault, rigid_start
 from .report import Metrics, RunRecord
-from .results import Registration, measure_all
+from .results import RESULT_FILES, Registration, measure_all
 from .rigidify import rigid_in_bone
 from spinereg.registration.run import (
     Clock,
@@ -259,7 +260,7 @@ def prepare(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     if inputs.out_dir is not None:
-        write_atomic(Path(inputs.out_dir) / "metrics.json.tmp", Path.touch).unlink()
+        check_room(inputs.out_dir, RESULT_FILES, vars(inputs).values())
     pair = read_inputs(inputs, tell)
     for line in memory_warning(pair, inputs.spacing_mm, device):
         tell(line)

@@ -17,9 +17,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..files.foreign import read_map
+from ..files.manifest import check_room, write_result
 from ..files.nifti import read_nifti
-from ..files.problems import InputFile, Notice, write_together
-from ..files.transforms import SpineTransform, write_motions, write_transform
+from ..files.problems import InputFile, Notice
+from ..files.transforms import TRANSFORM_FILES, SpineTransform, write_motions, write_transform
 from ..files.volumes import Labels, read_labels, renumber
 from ..losses.bone import bone_voxels, rigid_motions, rigid_residual_mm
 from ..measure.motion import world_motions
@@ -193,6 +194,9 @@ def rigidify(
 ) -> SpineTransform:
     "Make any deformation exactly rigid in every vertebra, and keep it elsewhere."
     refuse("rigidify", [in_range("spacing_mm", spacing_mm, 0.2, 5)])
+    if out_dir is not None:
+        maps = [transform] if isinstance(transform, (str, Path)) else [] if isinstance(transform, SpineTransform) else transform
+        check_room(out_dir, TRANSFORM_FILES, (moving_labels, fixed, *maps, *(Path(path) / "transform.h5" for path in maps)))
     labels = read_labels(moving_labels, moving_scheme, name="moving_labels")
     if not labels.names:
         raise InputFile("moving_labels", moving_labels).error("holds no vertebra", "Give the label map of the moving image, and its moving_scheme.")
@@ -202,7 +206,7 @@ def rigidify(
     found = rigid_in_bone(given, labels, given.grid if grid is None else grid)
     print(*found.notices, sep="\n")
     if out_dir is not None:
-        with write_together(out_dir, replaced=("vertebrae/*.tfm",)) as aside:
+        with write_result(out_dir) as aside:
             write_transform(aside, found.transform)
             write_motions(aside, found.motions)
         print(f"written to {out_dir}")
