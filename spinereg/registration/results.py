@@ -159,8 +159,10 @@ def measure_bones(
     moved_labels: Int[Tensor, "x y z"],  # moved labels on the fixed image's voxels
     bones: Polyrigid | None = None,  # bone that the map keeps rigid to the last digit
 ) -> BoneFigures:
-    "Table, motions, contacts and means of the vertebrae."
+    "Table, motions, contacts and means of the vertebrae, of what of them the fixed image shows."
     moving, names = scene.labels, scene.labels.names
+    if scene.fixed_measured is not None:
+        labels = labels * warp(scene.fixed_measured, scene.fixed_grid, grid, mode="nearest", outside="zeros")[0, 0].to(labels)
     whole_mm3 = np.bincount(moving.data.cpu().ravel())[1:] * moving.grid.spacing_mm.prod()
     held = None if bones is None else held_by_own(near_bone(bones, grid)[1], labels)[None]
     vertebrae, motions, seen = vertebra_table(disp, grid, labels[None], fraction, scene.rigid, names, whole_mm3, held)
