@@ -18,8 +18,9 @@ from spinereg.files.foreign import read_map
 from spinereg.files.manifest import MANIFEST, check_room, read_manifest, result_files, write_result
 from spinereg.files.problems import InputError, InputFile, folder_aside, is_left
 from spinereg.files.transforms import read_transform, write_motions
+from spinereg.registration.apply import apply
 from spinereg.registration.bones_first import read_poses
-from spinereg.registration.register import apply, register
+from spinereg.registration.register import register
 from spinereg.registration.results import RESULT_FILES
 from spinereg.registration.rigidify import rigidify
 

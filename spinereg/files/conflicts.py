@@ -8,12 +8,13 @@ __all__ = ['MOST_WITHOUT', 'without_image', 'refuse_bone_without_image', 'well_p
 # %% ../../nbs/13a_files.conflicts.ipynb #26f21206
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .problems import InputFile
 from .volumes import Labels, Volume, box_text
-from ..space.geometry import Grid, inside, transform_points
+from ..space.geometry import Grid, transform_points
 
 # %% ../../nbs/13a_files.conflicts.ipynb #17656012
 def without_image(
@@ -21,14 +22,16 @@ def without_image(
     image: Volume,  # on the same voxels
 ) -> Float[np.ndarray, " n"]:  # 0 to 1
     "Of each vertebra, the share that lies where an image shows nothing."
-    place = labels.data.nonzero()
-    low, high = place.amin(0), place.amax(0) + 2  # a voxel more, to compare each with the next
+    place, shape = labels.data.nonzero(), torch.tensor(labels.data.shape)
+    low, high = place.amin(0).minimum(shape - 2).clamp_min(0), place.amax(0) + 2  # a voxel more, to compare each with the next
     box = tuple(slice(a, b) for a, b in zip(low.tolist(), high.tolist()))
     number, values = labels.data[box].long(), image.data[box]
     empty = values < image.data.max()
     for axis, n in enumerate(values.shape):
         same = values.narrow(axis, 1, n - 1) == values.narrow(axis, 0, n - 1)
         empty &= torch.cat([same, same.narrow(axis, n - 2, 1)], axis)
+    core = F.max_pool3d((~empty).float()[None, None], 5, 1, 2) < 0.5  # blocks of five voxels: an image enlarged has equal neighbours too
+    empty = F.max_pool3d(core.float(), 5, 1, 2)[0, 0] > 0.5
     if image.measured is not None:
         empty |= ~image.measured[box]
     count, lost = (torch.bincount(number.flatten(), weight, len(labels.names) + 1)[1:] for weight in (None, empty.double().flatten()))
@@ -56,10 +59,12 @@ def well_placed(
     image: Volume,
     labels: Labels | None = None,  # of this image
     near_mm: float = 15.0,  # of the box around a vertebra
+    beyond_mm: float = 10.0,  # of the image: one that was cropped has landmarks a little outside
 ) -> Bool[Tensor, " p"]:
     "Which points lie in their image, and those on a labelled vertebra beside it."
     grid = image.native.grid
-    fine = inside(transform_points(np.linalg.inv(grid.affine), points_mm), grid.shape, 0.5 + 1e-3)
+    index, beyond = transform_points(np.linalg.inv(grid.affine), points_mm), 0.5 + beyond_mm / torch.from_numpy(grid.spacing_mm)
+    fine = ((index >= -beyond) & (index <= torch.tensor(grid.shape) - 1 + beyond)).all(-1)
     for name in set(vertebra) & set(labels.names if labels else ()):
         bone = (labels.data == labels.names.index(name) + 1).nonzero()
         corner, reach = transform_points(np.linalg.inv(labels.grid.affine), points_mm), near_mm / torch.from_numpy(labels.grid.spacing_mm)
@@ -98,7 +103,7 @@ def check_points(
     place = f"{image.native.path.name} ({box_text(image.native.grid)})"
     where = f"{1 - fine:.0%} of the {side} points lie outside {place} or far from their vertebra"
     if share >= max(0.9, fine + 0.3):
-        where, fine = f"{where}; read as {likely}, {share:.0%} lie where they belong", 0.0
+        where = f"{where}; read as {likely}, {share:.0%} lie where they belong"
     if fine < 0.5:
         raise file.error(where, "Give points of these images, in mm in the RAS world, as 3D Slicer shows them.")
     file.notice(where, doubt=True)

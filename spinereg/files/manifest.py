@@ -80,7 +80,8 @@ def check_room(
         reason = f"{', '.join(theirs)} would be replaced, expected only files that a {MANIFEST} in it names as an earlier result"
         raise file.error(reason, "Give another folder, or move them away; delete them if they are of a result without a manifest.")
     read = {Path(path).resolve() for path in given if isinstance(path, (str, Path)) and Path(path).is_file()}
-    if own := [name for name in names if (file.path / name).resolve() in read]:
+    earlier = (read_manifest(file.path) or {"files": ()})["files"]  # those that the new result lacks are removed
+    if own := [name for name in dict.fromkeys((*names, *earlier)) if (file.path / name).resolve() in read]:
         raise file.error(f"{', '.join(own)} in it would be replaced, and the run reads that", "Give another folder.")
 
 # %% ../../nbs/10a_files.manifest.ipynb #cf3ec66b

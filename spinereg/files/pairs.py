@@ -49,10 +49,10 @@ def landmark_rows(
         fix = f"The first line must be: name,vertebra,{','.join(COORDINATES)}."
         raise file.error(f"columns are missing: {', '.join(missing)}", fix)
     rows = list(table)
-    if long := [str(line) for line, row in enumerate(rows, 2) if None in row]:
+    if long := [str(line) for line, row in enumerate(rows, 2) if any(row.get(None, ()))]:
         reason = f"lines with more values than columns: {', '.join(long[:5])}"
         raise file.error(reason, "Write decimal points, not commas, and put names with a comma in quotes.")
-    rows = [{column: (value or "").strip() for column, value in row.items()} for row in rows]
+    rows = [{column: (value or "").strip() for column, value in row.items() if column} for row in rows]
     if not rows:
         raise file.error("it holds no landmark", "Leave the landmarks out, or add lines.")
     return rows

@@ -7,6 +7,7 @@ __all__ = ['AXES', 'TO_RAS', 'checked_points', 'read_markups', 'read_fiducials',
 
 # %% ../../nbs/13b_files.points.ipynb #47d01c3a
 import json
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -40,12 +41,16 @@ def read_markups(file: InputFile) -> pd.DataFrame:
     try:
         markups = json.loads(file.path.read_text("utf-8"))["markups"]
         systems = {markup.get("coordinateSystem", "LPS") for markup in markups}
-        points = [point for markup in markups for point in markup["controlPoints"]]
+        points = [point for markup in markups for point in markup["controlPoints"] if point.get("positionStatus", "defined") == "defined"]
+        units = {markup.get("coordinateUnits", "mm") for markup in markups}
         rows = [(point.get("label", ""), *point["position"]) for point in points]
         table = pd.DataFrame(rows, columns=["name", *AXES])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"it cannot be read as markups of 3D Slicer ({type(error).__name__}: {error})"
         raise file.error(reason, "Save the points again in 3D Slicer.") from error
+    if not points or units != {"mm"}:
+        reason = f"it holds {len(points)} points that are placed, in {', '.join(map(str, sorted(units))) or 'no unit'}"
+        raise file.error(reason, "Points in mm are expected; place them in 3D Slicer and save them again.")
     return checked_points(table, systems.pop() if len(systems) == 1 else ", ".join(map(str, sorted(systems))), file)
 
 # %% ../../nbs/13b_files.points.ipynb #75747f39
@@ -82,9 +87,12 @@ def read_points(
     if str(path).lower().endswith(".fcsv"):
         return read_fiducials(file)
     try:
-        table = pd.read_csv(file.path, index_col=False)
-    except ValueError as error:
-        raise file.error(f"it cannot be read as a table ({error})", "Write one line of column names, then one line for each point.") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)  # more values than columns: decimal commas
+            table = pd.read_csv(file.path, index_col=False)
+    except (ValueError, pd.errors.ParserWarning) as error:
+        fix = "Write one line of column names, then one line for each point, with decimal points."
+        raise file.error(f"it cannot be read as a table ({error})", fix) from error
     if not set(AXES) <= set(table.columns):
         raise file.error(f"has the columns {list(table.columns)}", f"Points need the columns {AXES}, in RAS mm.")
     return checked_points(table, "RAS", file)
@@ -98,7 +106,9 @@ def write_points(
     if not str(path).lower().endswith(".mrk.json"):
         return write_atomic(path, partial(table.to_csv, index=False))
     names = table["name"].astype(str) if "name" in table else [str(n + 1) for n in range(len(table))]
-    points = [{"label": name, "position": place} for name, place in zip(names, table[AXES].to_numpy(float).tolist())]
+    other = table.drop(columns=["name", *AXES], errors="ignore").to_dict("records")
+    said = [", ".join(f"{column}={value}" for column, value in row.items()) for row in other]
+    points = [{"label": name, "description": text, "position": place} for name, text, place in zip(names, said, table[AXES].to_numpy(float).tolist())]
     schema = "https://raw.githubusercontent.com/slicer/slicer/master/Modules/Loadable/Markups/Resources/Schema/markups-schema-v1.0.3.json#"
     markup = {"type": "Fiducial", "coordinateSystem": "RAS", "coordinateUnits": "mm", "controlPoints": points}
     text = json.dumps({"@schema": schema, "markups": [markup]}, indent=1)

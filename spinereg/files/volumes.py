@@ -90,8 +90,9 @@ def is_label_map(
     "Whether voxels are names of things, rather than measured."
     if not np.isfinite(data).all() or data.min() != 0 or not (data == np.rint(data)).all():
         return False
-    pairs = [(data[:-1], data[1:]), (data[:, :-1], data[:, 1:])]
-    return all((there[shown] == here[shown]).mean() > 0.8 if (shown := here > 0).any() else False for here, there in pairs)
+    pairs = [(data[:-1], data[1:]), (data[:, :-1], data[:, 1:]), (data[:, :, :-1], data[:, :, 1:])]
+    same = [(there[shown] == here[shown]).mean() if (shown := here > 0).any() else 0.0 for here, there in pairs]
+    return bool(sorted(same)[1] > 0.8)  # slices may be thick along one axis
 
 # %% ../../nbs/13_files.volumes.ipynb #1217dd26
 @dataclass(frozen=True, eq=False)
@@ -108,11 +109,12 @@ class Volume:
 def read_image(
     path: str | Path,
     name: str = "image",  # which input, for messages
+    any_values: bool = False,  # those of a label map too
 ) -> Volume:
     "Read an image: checked, RAS-ordered, on an orthonormal grid."
     file = InputFile(name, path)
     data, native = read_nifti(file)
-    if is_label_map(data):
+    if not any_values and is_label_map(data):
         raise file.error(f"its values, 0 to {data.max():g}, are those of a label map", "Give the image itself; a label map goes with the labels.")
     values, grid = torch.from_numpy(fill_missing(data, file)), native.grid
     measured = torch.from_numpy(np.isfinite(data) & filled_slices(data, file))
@@ -149,7 +151,8 @@ def settle_modality(
     if modality == "auto":
         beside_ct = other is not None and below(other, -500.0) and not below(volume, -500.0)
         modality = "mr" if beside_ct else guess_modality(volume)
-        file.notice(f"taken for {modality.upper()} (values {low:g} to {high:g}); say {name}_modality='ct' or 'mr' if that is wrong")
+        doubt = beside_ct and guess_modality(volume) == "ct"
+        file.notice(f"taken for {modality.upper()} (values {low:g} to {high:g}); say {name}_modality='ct' or 'mr' if that is wrong", doubt)
     if modality == "ct" and (low > -200 or high < 300):
         file.notice(f"a CT in HU has values below -200 (air) and above 300 (bone), this one {low:g} to {high:g}; are these Hounsfield units?")
     return modality, tuple(file.notices)

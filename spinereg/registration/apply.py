@@ -46,9 +46,9 @@ def read_values(
     "The voxels of an image or a label map of any scheme, and what was noticed about it."
     file = InputFile("what", what)
     data, native = read_nifti(file)
-    if labels is True or (labels == "auto" and is_label_map(data)):
+    if is_label_map(data) if labels == "auto" else labels:
         return torch.from_numpy(whole_numbers(data, file)), native.grid, file.notices
-    image = read_image(what, "what")
+    image = read_image(what, "what", any_values=True)
     return image.data, image.grid, image.notices
 
 # %% ../../nbs/49_registration.apply.ipynb #1eaeb12f
@@ -88,15 +88,17 @@ def apply(
     labels: bool | str = "auto",  # True keeps label values whole; "auto" does where the voxels are a label map's
 ) -> Path:  # the file written
     "Carry an image, a label map or points through a saved transform."
-    refuse("apply", [one_of("to", to, ("fixed", "moving")), one_of("labels", str(labels), ("True", "False", "auto"))])
+    refuse("apply", [one_of("to", to, ("fixed", "moving")), one_of("labels", labels if isinstance(labels, str) else "auto", ("auto",))])
     phi = read_transform(transform)
     if is_points(what):
+        refuse("apply", [one_of("the ending of out", str(out)[str(out).rfind(".") :].lower(), (".csv", ".json"))])
         return apply_points(Path(what), Path(out), phi, to)
     if onto is None:
         raise ValueError("apply: onto=None: expected the image whose voxels the result gets, such as the fixed image")
-    target = read_image(onto, "onto")
+    file = InputFile("onto", onto)
+    _, target = read_nifti(file)
     values, grid, notices = read_values(what, labels)
-    for notice in (*target.notices, *notices):
+    for notice in (*file.notices, *notices):
         print(notice)
-    carried = torch.cat([carry(values, grid, part, phi, to) for part in slabs(target.native.grid)])
-    return write_image(out, carried, target.native, "float32" if values.is_floating_point() else np.min_scalar_type(int(values.max())).name)
+    carried = torch.cat([carry(values, grid, part, phi, to) for part in slabs(target.grid)])
+    return write_image(out, carried, target, "float32" if values.is_floating_point() else np.min_scalar_type(int(values.max())).name)

@@ -198,8 +198,6 @@ def rigidify(
         maps = [transform] if isinstance(transform, (str, Path)) else [] if isinstance(transform, SpineTransform) else transform
         check_room(out_dir, TRANSFORM_FILES, (moving_labels, fixed, *maps, *(Path(path) / "transform.h5" for path in maps)))
     labels = read_labels(moving_labels, moving_scheme, name="moving_labels")
-    if not labels.names:
-        raise InputFile("moving_labels", moving_labels).error("holds no vertebra", "Give the label map of the moving image, and its moving_scheme.")
     grid = None if fixed is None else respace_grid(read_nifti(InputFile("fixed", fixed))[1].grid, spacing_mm)
     given = transform if isinstance(transform, SpineTransform) else read_map(transform, grid)
     print(*labels.notices, f"making {len(labels.names)} vertebrae rigid, which takes about a minute in an image of 64 x 96 x 160 voxels", sep="\n")
