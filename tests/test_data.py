@@ -218,7 +218,9 @@ def test_notices_of_the_readers_are_in_the_table(tmp_path, quick_check):
     values = paint(CT, CT_SHAPE).astype("float32")
     values[values > 0] += 0.01
     save(tmp_path / "train" / "a" / "ct_mask.nii.gz", values, CT)
-    save(tmp_path / "train" / "a" / "mr_mask.nii.gz", np.zeros(MR_SHAPE, "uint8"), MR)
+    values = paint(MR, MR_SHAPE).astype("float32")
+    values[values > 0] += 0.01
+    save(tmp_path / "train" / "a" / "mr_mask.nii.gz", values, MR)
     table = quick_check(tmp_path, splits="train")
     notices = {(row.key, row.file): row.reason for row in table[table.kind == "notice"].itertuples()}
     assert set(notices) == {("moving_labels", "ct_mask.nii.gz"), ("fixed_labels", "mr_mask.nii.gz")}
