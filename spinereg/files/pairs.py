@@ -124,7 +124,7 @@ def attempt(
     except InputError as error:
         errors.append(error)
 
-# %% ../../nbs/14_files.pairs.ipynb #d0221b51
+# %% ../../nbs/14_files.pairs.ipynb #c14a0001
 def check_together(
     errors: list[InputError],  # grows
     images: Sequence[Volume | None],  # fixed, moving; None where it could not be read
@@ -141,7 +141,7 @@ def check_together(
         attempt(errors, check_points, points.moving_mm, points.vertebra, images[1], maps[0], "moving", file)
     return file.notices
 
-
+# %% ../../nbs/14_files.pairs.ipynb #c14a0004
 def swapped_modalities(
     modalities: Sequence[str],  # of the fixed and the moving image
     fixed: str,  # name of the file
@@ -150,7 +150,7 @@ def swapped_modalities(
     text = "is a CT, and the moving image an MR, so that the vertebrae of the MR are kept rigid; swap them if the CT is labelled"
     return [Notice("fixed", fixed, text)] if list(modalities) == ["ct", "mr"] else []
 
-
+# %% ../../nbs/14_files.pairs.ipynb #d0221b51
 def read_pair(
     fixed: str | Path,  # the image that stays, usually MR
     moving: str | Path,  # the image that is moved, usually CT

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['STEP', 'SCALE', 'FLOOR_DEG', 'FLOOR_MM', 'SHAKEN_MM', 'SHAKEN_DEG', 'RESTARTS', 'LEAST_ALIKE', 'LEAST_SHARE_ALIKE',
            'LEAST_BESIDE', 'MOST_DEG', 'MOST_MM', 'JOINT_MOST_DEG', 'JOINT_MOST_MM', 'MOST_RELEASED', 'LEAST_RATIO',
-           'log_ratio', 'place_scores', 'Ground', 'parts_of', 'ground', 'joint_information', 'Certainty', 'certainty',
-           'far_joints', 'restarts_mm', 'doubt_of', 'neighbours_place', 'level_ratios', 'Judged', 'judge_bones']
+           'log_ratio', 'place_scores', 'centres_of', 'Ground', 'parts_of', 'ground', 'joint_information', 'Certainty',
+           'certainty', 'far_joints', 'restarts_mm', 'doubt_of', 'neighbours_place', 'level_ratios', 'Judged',
+           'judge_bones']
 
 # %% ../../nbs/42b_registration.certainty.ipynb #c84dca92
 from collections.abc import Mapping, Sequence
@@ -38,6 +39,7 @@ from spinereg.registration.poses import (
     squared_correlation,
 )
 from .search import climb, motion_about, self_similarity
+from ..space.geometry import Grid
 from ..space.images import label_centres_mm
 
 # %% ../../nbs/42b_registration.certainty.ipynb #e687ddea
@@ -57,6 +59,15 @@ def place_scores(
     r2 = squared_correlation(at, value).flatten(1).gather(1, at.patches.place)
     where = torch.stack([value, at.patches.value], -1).clamp(0, 1) * 2 - 1
     return r2 + 2 * F.grid_sample(held[:, None], where[:, None], align_corners=True)[:, 0, 0]
+
+# %% ../../nbs/42b_registration.certainty.ipynb #42b3c002
+def centres_of(
+    labels: Int[Tensor, "x y z"],  # 0 background
+    grid: Grid,
+    numbers: Sequence[int],  # of vertebrae in them
+) -> Float[Tensor, "n 3"]:  # float64, world
+    "The middle of each of some vertebrae."
+    return torch.from_numpy(label_centres_mm(labels, grid, int(labels.max()))[np.array(numbers) - 1])
 
 # %% ../../nbs/42b_registration.certainty.ipynb #dfcfbfcc
 STEP = (0.02, 0.02, 0.02, 0.6, 0.6, 0.6)  # radians, mm
@@ -152,7 +163,7 @@ def certainty(
 ) -> Certainty:
     "How sure a motion of each vertebra is, from the images around it and its neighbours."
     motion = torch.linalg.inv(poses.double()).to(moving.image)
-    centres = torch.from_numpy(label_centres_mm(labels, moving.grid, int(labels.max()))[np.array(numbers) - 1]).to(motion)
+    centres = centres_of(labels, moving.grid, numbers).to(motion)
     at = look(make_patches(fixed, moving, labels, numbers, spacing_mm), motion)
     there = (motion[:, :3, :3] @ centres[:, :, None])[:, :, 0] + motion[:, :3, 3]
     g, H, J = ground(at, motion, there)
@@ -194,7 +205,7 @@ def restarts_mm(
 ) -> float:  # mm, of its centre
     "How far away a vertebra is found, at most, when it and its neighbours are looked for again from places nearby."
     near, own = slice(max(k - 1, 0), k + 2), min(k, 1)
-    centres = torch.from_numpy(label_centres_mm(labels, moving.grid, int(labels.max()))[np.array(numbers) - 1]).to(motion)[near]
+    centres = centres_of(labels, moving.grid, numbers).to(motion)[near]
     patches, generator = make_patches(fixed, moving, labels, numbers[near], 2.5), torch.Generator().manual_seed(0)
     spread, apart = torch.tensor([np.deg2rad(SHAKEN_DEG)] * 3 + [SHAKEN_MM] * 3), []
     for _ in range(RESTARTS):
@@ -270,7 +281,7 @@ def level_ratios(
     "How much more alike vertebrae are where they are than a level down and a level up."
     seen = (share >= enough).nonzero()[:, 0]
     asked = seen[max(len(seen) - most, 0) // 2 :][:most].tolist()
-    centres = torch.from_numpy(label_centres_mm(labels, moving.grid, int(labels.max()))[np.array(numbers) - 1]).to(motion)
+    centres = centres_of(labels, moving.grid, numbers).to(motion)
     if len(asked) < 2:
         return {}
     chosen = [numbers[k] for k in asked]
@@ -310,7 +321,7 @@ def judge_bones(
     fixed, moving = sides_of(pair, device)
     poses = torch.from_numpy(np.stack([motions[name] for name in names])).double()
     found = certainty(fixed, moving, labels.data.to(device), numbers, poses.to(device))
-    centres = torch.from_numpy(label_centres_mm(labels.data, labels.grid, len(labels.names))[np.array(numbers) - 1]).double()
+    centres = centres_of(labels.data, labels.grid, numbers)
     between, best, rows = far_joints(poses, (centres[:-1] + centres[1:]) / 2), float(found.alike.max()), []
     again = partial(restarts_mm, fixed, moving, labels.data.to(device), numbers, torch.linalg.inv(poses).to(moving.image))
     for k, figures in enumerate(zip(found.alike.tolist(), found.error_mm.tolist(), found.error_deg.tolist())):

@@ -393,7 +393,7 @@ def write_images(
     if result.moved_labels is not None:
         write_labels(folder / "moved_labels.nii.gz", result.moved_labels, result.pair.moving_labels.values, native)
 
-
+# %% ../../nbs/46_registration.results.ipynb #c46a0003
 def save(
     result: Registration,
     out_dir: str | Path,  # made when missing
