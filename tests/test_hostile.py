@@ -1,5 +1,6 @@
 """Names that nobody would choose, and files that somebody else chose: shown as they are, written where they belong, never run."""
 
+import contextlib
 import json
 import pickle
 import re
@@ -22,6 +23,7 @@ from test_viewers import make_stack
 from spinereg.apps.paths import app
 from spinereg.compare import evaluation
 from spinereg.compare.evaluation import evaluate_runs
+from spinereg.files.manifest import write_result
 from spinereg.files.problems import InputError
 from spinereg.files.transforms import read_transform
 from spinereg.interactive.bones import draw_bones
@@ -118,9 +120,9 @@ def results(data, tmp_path_factory):
         first / "mr_t1.nii.gz", first / "ct.nii.gz", first / "ct_mask.nii.gz", out_dir=top / "one", method="rigid", spacing_mm=4.0, prealign="header"
     )
     for name in NAMES:
-        (top / "run" / name).mkdir(parents=True)
-        for file in ("metrics.json", "vertebrae.csv"):
-            shutil.copy(top / "one" / file, top / "run" / name / file)
+        with write_result(top / "run" / name) as aside:
+            for file in ("metrics.json", "vertebrae.csv"):
+                shutil.copy(top / "one" / file, aside / file)
         shutil.copytree(first, top / "data/test" / name)
     return top
 
@@ -363,7 +365,8 @@ def test_a_pickle_is_never_run(tmp_path):
     }
     for place, read in readers.items():
         for _ in pickled(went_off, place):
-            with pytest.raises(Exception):  # noqa: B017, PT011 what each says is the subject of its own test
+            anew = place == kept.path(case)  # what was kept of a case is made again
+            with contextlib.nullcontext() if anew else pytest.raises(Exception):  # noqa: B017, PT011 what each says is the subject of its own test
                 read()
             assert not went_off.exists(), place
     pickle.loads(pickle.dumps(Bomb(went_off))).close()

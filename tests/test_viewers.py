@@ -89,8 +89,9 @@ def test_the_crosshair_names_its_place_its_values_and_its_vertebra():
 def test_a_pair_is_shown_where_its_headers_put_it(tmp_path):
     """The moving image, stored in another order on another oblique grid, is drawn where it is in the world."""
     one, other = make_stack(), make_stack((1.5, 0.9, 2.0), axes=Rotation.from_euler("xyz", [-10, 5, 3], degrees=True).as_matrix(), size_mm=110.0)
-    nib.save(nib.Nifti1Image(one.images["fixed"].numpy(), one.grid.affine), tmp_path / "fixed.nii")
-    turned = nib.Nifti1Image(other.images["moving"].numpy(), other.grid.affine).as_reoriented(nib.orientations.axcodes2ornt("IPR"))
+    scans = [(image + torch.rand(image.shape)).numpy() for image in (one.images["fixed"], other.images["moving"])]
+    nib.save(nib.Nifti1Image(scans[0], one.grid.affine), tmp_path / "fixed.nii")
+    turned = nib.Nifti1Image(scans[1], other.grid.affine).as_reoriented(nib.orientations.axcodes2ornt("IPR"))
     nib.save(turned, tmp_path / "moving.nii")
     stack = pair_stack(read_pair(tmp_path / "fixed.nii", tmp_path / "moving.nii", moving_modality="ct", fixed_modality="mr"))
     both = [(stack.images[name] > half).float() for name, half in (("fixed", 50), ("moving", 500))]
