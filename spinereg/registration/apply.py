@@ -91,7 +91,8 @@ def apply(
     refuse("apply", [one_of("to", to, ("fixed", "moving")), one_of("labels", labels if isinstance(labels, str) else "auto", ("auto",))])
     phi = read_transform(transform)
     if is_points(what):
-        refuse("apply", [one_of("the ending of out", str(out)[str(out).rfind(".") :].lower(), (".csv", ".json"))])
+        ending = ".mrk.json" if str(out).lower().endswith(".mrk.json") else Path(out).suffix.lower()
+        refuse("apply", [one_of("the ending of out", ending, (".csv", ".mrk.json"))])
         return apply_points(Path(what), Path(out), phi, to)
     if onto is None:
         raise ValueError("apply: onto=None: expected the image whose voxels the result gets, such as the fixed image")
