@@ -1,4 +1,4 @@
-"""What all tests share: the same examples in every run, and a JupyterLab in a browser.
+"""What all tests share: the same examples and random numbers in every run, and a JupyterLab in a browser.
 
 Hypothesis draws the same examples in every run, so that a change alone turns a check red; HYPOTHESIS_PROFILE=default draws new ones.
 """
@@ -8,10 +8,17 @@ import re
 
 import browser
 import pytest
+import torch
 from hypothesis import settings
 
 settings.register_profile("same", derandomize=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
+
+
+@pytest.fixture(autouse=True)
+def same_numbers():
+    "Random numbers of torch that are the same in every run, whatever ran before."
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="module")
