@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from spinereg.files.anatomy import anatomy_faults
+from spinereg.files.anatomy import anatomy_faults, bones_of
 from spinereg.files.problems import InputError
 from spinereg.files.volumes import read_labels
 
@@ -65,7 +65,8 @@ def test_f3_real_maps_are_not_refused_and_one_bone_called_its_neighbour_is(name)
     middle = len(labels.names) // 2
     merged = torch.where(labels.data >= middle + 1, labels.data - 1, labels.data)
     names = labels.names[: middle - 1] + labels.names[middle:]
-    assert "is two bones" in " ".join(anatomy_faults(merged, names, labels.grid)) or name.startswith("lumbar_ct")  # where L2 is a sliver
+    faults = anatomy_faults(bones_of(merged, labels.grid, len(names)), names)
+    assert "is two bones" in " ".join(faults) or name.startswith("lumbar_ct")  # where L2 is a sliver
 
 
 @pytest.mark.parametrize(
@@ -92,3 +93,48 @@ def test_f3_the_way_a_map_is_stored_does_not_matter(case, tmp_path):
     ):
         with pytest.raises(InputError, match="do not follow each other"):
             read(tmp_path, data, header)
+
+
+def half_called(values, affine, old, new):
+    "The front half of a vertebra under another value."
+    behind = np.arange(values.shape[1])[:, None] < np.argwhere(values == old)[:, 1].mean()
+    return np.where((values == old) & (~behind if affine[1, 1] > 0 else behind), new, values)
+
+
+def few_voxels(values, affine, old, count):
+    "A vertebra of which only some voxels are left, anywhere in it."
+    place = np.argwhere(values == old)
+    lost = np.random.default_rng(0).permutation(place)[count:]
+    values = values.copy()
+    values[tuple(lost.T)] = 0
+    return values
+
+
+@pytest.mark.parametrize(("change", "left_out"), [((half_called, 20, 22), {"L1", "L3"}), ((half_called, 21, 0), {"L2"}), ((few_voxels, 22, 93), {"L3"})])
+def test_f3a_a_label_that_is_no_whole_bone_is_doubted_and_left_out(case, tmp_path, change, left_out):
+    """F3a: named as a doubt, and bends as soft tissue does, unless the user keeps it."""
+    make, old, new = change
+    labels = read(tmp_path, make(*case, old, new), case[1])
+    assert set(labels.names) == {"T11", "T12", "L1", "L2", "L3", "L4", "L5"} - left_out
+    assert labels.data.max() == len(labels.names) == len(labels.values)
+    assert {notice.text.split()[0] for notice in labels.notices if notice.doubt} == left_out and "keep_doubtful=True" in labels.notices[0].text
+    kept = read_labels(tmp_path / "mask.nii.gz", keep_doubtful=True)
+    assert len(kept.names) == 7 and {notice.text.split()[0] for notice in kept.notices if notice.doubt} == left_out
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real volumes are not here")
+@pytest.mark.parametrize("name", REAL_MAPS)
+def test_f3a_no_bone_of_a_real_map_is_doubted(name):
+    assert not any(notice.doubt for notice in read_labels(REAL / name, REAL_MAPS[name]).notices)
+
+
+def test_f3a_a_registration_says_so_and_does_not_hold_that_bone(case, tmp_path):
+    """F3a: in the doubts of the result; the map is not rigid there."""
+    from spinereg import register
+
+    folder = ROOT / "data_samples/test/easy_0"
+    nib.save(nib.Nifti1Image(few_voxels(*case, 22, 93).astype(np.int16), case[1]), tmp_path / "mask.nii.gz")
+    result = register(folder / "mr_t1.nii.gz", folder / "ct.nii.gz", tmp_path / "mask.nii.gz", spacing_mm=3, steps=(1, 1, 1), device="cpu")
+    assert "L3" not in result.metrics.vertebrae.index and len(result.metrics.vertebrae) == 6
+    assert "L3 is in parts that do not touch" in " ".join(result.metrics.as_dict()["doubts"])
+    assert "NOT TO BE TRUSTED" in result.summary() and result.metrics.parameters["keep_doubtful"] is False

@@ -161,6 +161,7 @@ def read_pair(
     fixed_modality: str = "auto",
     moving_scheme: str | Mapping = "verse",  # whose numbers the labels are
     fixed_scheme: str | Mapping = "verse",
+    keep_doubtful: bool = False,  # whether vertebrae whose label is no whole bone are taken all the same
 ) -> Pair:
     "Read and check all files of a pair; one error lists everything that is wrong."
     errors = []
@@ -168,8 +169,8 @@ def read_pair(
     wanted = (fixed_modality, "fixed"), (moving_modality, "moving")
     settled = [attempt(errors, settle_modality, *given) or ("", ()) for given in zip(images, *zip(*wanted), images[::-1])]
     maps = [
-        attempt(errors, read_labels, moving_labels, moving_scheme, images[1], "moving_labels", images[0]),
-        attempt(errors, read_labels, fixed_labels, fixed_scheme, images[0], "fixed_labels", images[1]),
+        attempt(errors, read_labels, moving_labels, moving_scheme, images[1], "moving_labels", images[0], keep_doubtful),
+        attempt(errors, read_labels, fixed_labels, fixed_scheme, images[0], "fixed_labels", images[1], keep_doubtful),
     ]
     points = attempt(errors, read_landmarks, landmarks)
     together = check_together(errors, images, maps, points, InputFile("landmarks", landmarks or ""))

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['background_of', 'fill_missing', 'runs', 'filled_slices', 'is_label_map', 'Volume', 'read_image', 'below',
            'guess_modality', 'settle_modality', 'percentile', 'body_range', 'normalise', 'rounded', 'whole_numbers',
-           'box_text', 'onto_image', 'Labels', 'name_labels', 'renumber', 'notice_upside_down', 'read_labels',
-           'write_labels']
+           'box_text', 'onto_image', 'Labels', 'name_labels', 'renumber', 'notice_upside_down', 'doubtful_bones',
+           'leave_out', 'read_labels', 'write_labels']
 
 # %% ../../nbs/13_files.volumes.ipynb #d8515ee1
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from scipy import ndimage
 from torch import Tensor
 
-from .anatomy import ANATOMY_FIX, anatomy_faults
+from .anatomy import ANATOMY_FIX, Bones, anatomy_faults, bones_of, partial_bones
 from .labels import upside_down, vertebra_values
 from .nifti import NativeSpace, read_nifti, write_image
 from .problems import InputFile, Notice
@@ -306,6 +306,29 @@ def notice_upside_down(
     if upside_down(label_centres_mm(numbers, grid, len(names))[:, 2]):
         file.notice(f"{names[0]} to {names[-1]} run UPWARDS in this file; is its label scheme the right one?", doubt=True)
 
+# %% ../../nbs/13_files.volumes.ipynb #f3a00005
+def doubtful_bones(
+    bones: Bones,  # of a label map
+    names: tuple[str, ...],
+    file: InputFile,  # the label map's
+) -> tuple[str, ...]:  # their names
+    "Note which vertebrae have a label that is no whole bone."
+    found = partial_bones(bones, names)
+    for name, what in found.items():
+        file.notice(f"{name} {what}; it is left out unless keep_doubtful=True", doubt=True)
+    return tuple(found)
+
+
+def leave_out(
+    numbers: Int[Tensor, "i j k"],  # 0 background, k the vertebra names[k - 1]
+    names: tuple[str, ...],
+    values: tuple[int, ...],  # what the file calls them
+    without: Sequence[str],  # names to leave out
+) -> tuple[Int[Tensor, "i j k"], tuple[str, ...], tuple[int, ...]]:  # the same without them
+    "A label map without some of its vertebrae."
+    rest = {name: value for name, value in zip(names, values) if name not in without}
+    return renumber(numbers, names, tuple(rest)) if without else numbers, tuple(rest), tuple(rest.values())
+
 # %% ../../nbs/13_files.volumes.ipynb #16fc3609
 def read_labels(
     path: str | Path,
@@ -313,6 +336,7 @@ def read_labels(
     image: Volume | None = None,  # the image they belong to; None checks the file alone
     name: str = "labels",  # which input, for messages
     other: Volume | None = None,  # the other image of the pair, which they do not belong to
+    keep_doubtful: bool = False,  # whether a vertebra whose label is no whole bone is taken all the same
 ) -> Labels:
     "Read a label map: whole numbers, known to their scheme, on the grid of their image."
     file = InputFile(name, path)
@@ -326,8 +350,11 @@ def read_labels(
         held = ", ".join(str(value) for value in np.flatnonzero(counts) if value) or "none but the background"
         reason = f"it holds no vertebra of the scheme {scheme!r}; its values: {held}"
         raise file.error(reason, "Name the scheme whose numbers these are; or give no labels, and nothing is kept rigid.")
-    if faults := anatomy_faults(numbers, names, grid):
+    bones = bones_of(numbers, grid, len(names))
+    if faults := anatomy_faults(bones, names):
         raise file.error("; ".join(faults), ANATOMY_FIX)
+    doubtful = doubtful_bones(bones, names, file)
+    numbers, names, kept = leave_out(numbers, names, kept, () if keep_doubtful else doubtful)
     notice_upside_down(numbers, names, grid, file)
     return Labels(numbers, names, kept, grid, native, tuple(file.notices))
 

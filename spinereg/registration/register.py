@@ -86,6 +86,7 @@ class Inputs:
     fixed_modality: str = "auto"  # "auto", "ct" or "mr"
     moving_scheme: str | Mapping[int, str | None] = "verse"  # whose numbers the moving labels are
     fixed_scheme: str | Mapping[int, str | None] = "verse"  # whose numbers the fixed labels are
+    keep_doubtful: bool = False  # whether a vertebra whose label is no whole bone is held rigid all the same, and not left out
     prealign: str | Path = "auto"  # one of PREALIGN, or a rigid ITK transform file
     spacing_mm: float = 1.0  # voxel size of the working grid
     device: str = "auto"  # "auto", "cpu" or "cuda"
@@ -240,7 +241,7 @@ def read_inputs(
     "Read and check the files of a pair, and tell what was noticed, also where it cannot be used."
     files = inputs.fixed, inputs.moving, inputs.moving_labels, inputs.fixed_labels, inputs.landmarks
     try:
-        pair = read_pair(*files, inputs.moving_modality, inputs.fixed_modality, inputs.moving_scheme, inputs.fixed_scheme)
+        pair = read_pair(*files, inputs.moving_modality, inputs.fixed_modality, inputs.moving_scheme, inputs.fixed_scheme, inputs.keep_doubtful)
     except InputError as error:
         for notice in error.notices:
             tell(notice)
@@ -384,6 +385,7 @@ def register(
     fixed_modality: str = "auto",  # "auto", "ct" or "mr"
     moving_scheme: str | Mapping[int, str | None] = "verse",  # whose numbers the moving labels are
     fixed_scheme: str | Mapping[int, str | None] = "verse",  # whose numbers the fixed labels are
+    keep_doubtful: bool = False,  # whether a vertebra whose label is no whole bone is held rigid all the same, and not left out
     prealign: str | Path = "auto",  # "header", "centres", "labels", "search", "auto" or a rigid ITK transform file
     spacing_mm: float = 1.0,  # voxel size of the working grid
     device: str = "auto",  # "auto", "cpu" or "cuda"
@@ -405,8 +407,8 @@ def register(
     settings = RegisterSettings(
         fixed=fixed, moving=moving, moving_labels=moving_labels, fixed_labels=fixed_labels, landmarks=landmarks, out_dir=out_dir,
         method=method, weights=weights, polish=polish, moving_modality=moving_modality, fixed_modality=fixed_modality,
-        moving_scheme=moving_scheme, fixed_scheme=fixed_scheme, prealign=prealign, spacing_mm=spacing_mm, device=device, seed=seed,
-        similarity=similarity, levels=levels, steps=steps, step_mm=step_mm,
+        moving_scheme=moving_scheme, fixed_scheme=fixed_scheme, keep_doubtful=keep_doubtful, prealign=prealign,
+        spacing_mm=spacing_mm, device=device, seed=seed, similarity=similarity, levels=levels, steps=steps, step_mm=step_mm,
         weight_diffusion=weight_diffusion, weight_oc=weight_oc, weight_pc=weight_pc, weight_rd=weight_rd, weight_rf=weight_rf,
         rigidify=rigidify, poses=poses,
     )

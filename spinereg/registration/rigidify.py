@@ -189,6 +189,7 @@ def rigidify(
     moving_labels: str | Path,  # vertebra label map of the moving image (NIfTI)
     fixed: str | Path | None = None,  # the image that stays (NIfTI); None takes the field on the whole of its own grid
     moving_scheme: str | Mapping[int, str | None] = "verse",  # whose numbers the moving labels are
+    keep_doubtful: bool = False,  # whether a vertebra whose label is no whole bone is made rigid all the same, and not left out
     spacing_mm: float = 1.0,  # voxel size at which another tool's map is looked at
     out_dir: str | Path | None = None,  # folder of transform.h5, inverse.h5 and vertebrae/*.tfm; None writes none
 ) -> SpineTransform:
@@ -197,7 +198,7 @@ def rigidify(
     if out_dir is not None:
         maps = [transform] if isinstance(transform, (str, Path)) else [] if isinstance(transform, SpineTransform) else transform
         check_room(out_dir, TRANSFORM_FILES, (moving_labels, fixed, *maps, *(Path(path) / "transform.h5" for path in maps)))
-    labels = read_labels(moving_labels, moving_scheme, name="moving_labels")
+    labels = read_labels(moving_labels, moving_scheme, name="moving_labels", keep_doubtful=keep_doubtful)
     grid = None if fixed is None else respace_grid(read_nifti(InputFile("fixed", fixed))[1].grid, spacing_mm)
     given = transform if isinstance(transform, SpineTransform) else read_map(transform, grid)
     print(*labels.notices, f"making {len(labels.names)} vertebrae rigid, which takes about a minute in an image of 64 x 96 x 160 voxels", sep="\n")

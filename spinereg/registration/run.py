@@ -9,6 +9,7 @@ __all__ = ['PROGRESS', 'one_of', 'in_range', 'whole', 'refuse', 'schedule_fault'
 # %% ../../nbs/40_registration.run.ipynb #c63f9b62
 import gc
 import platform
+import re
 import sys
 import time
 import traceback
@@ -73,17 +74,17 @@ def schedule_fault(levels: tuple | list, steps: tuple | list) -> str:
 
 # %% ../../nbs/40_registration.run.ipynb #c6b05457
 def choose_device(
-    device: str = "auto",  # "auto", "cpu", "cuda", "cuda:1"
+    device: str | int | torch.device = "auto",  # "auto", "cpu", "cuda" or "gpu", "cuda:1" or the number 1, or one of PyTorch
 ) -> torch.device:
     "The device to compute on: a CUDA GPU where there is one."
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device={device!r}: expected 'auto', 'cpu', 'cuda' or 'cuda:<number>'") from error
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={device!r}, but PyTorch {torch.__version__} sees no CUDA GPU here; use device='auto' or 'cpu'")
+    name = f"cuda:{device}" if type(device) is int else str(device).replace("gpu", "cuda")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"device={device!r}: expected 'auto', 'cpu', 'cuda' (or 'gpu'), 'cuda:<number>' or the number of a GPU")
+    found, there = torch.device(name), torch.cuda.device_count()
+    if found.type == "cuda" and (found.index or 0) >= there:
+        raise ValueError(f"device={device!r}, but PyTorch {torch.__version__} sees {there} CUDA GPUs here, numbered from 0; use 'auto' or 'cpu'")
     return found
 
 # %% ../../nbs/40_registration.run.ipynb #e4a564af
