@@ -192,7 +192,7 @@ def test_quaternion_that_is_none(tmp_path):
         raw = bytearray(Path(save(tmp_path / name, CT, sform=sform, qform=1)).read_bytes())
         raw[256:264] = np.array([0.9, 0.9], "float32").tobytes()
         (tmp_path / name).write_bytes(raw)
-    refused(lambda: read_image(tmp_path / "ct.nii", "moving"), "ct.nii", "cannot be read as NIfTI", "again")
+    refused(lambda: read_image(tmp_path / "ct.nii", "moving"), "ct.nii", "not finite", "qform with voxel sizes", "set_sform")
     assert read_image(tmp_path / "sform.nii").grid.same_as(read_image(save(tmp_path / "good.nii.gz", CT)).grid)
 
 

@@ -18,7 +18,7 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
 import spinereg
-from .problems import InputError, InputFile, Problem, folder_aside, is_left, write_atomic
+from .problems import ASIDE, InputError, InputFile, Problem, folder_aside, is_left, put_in_place, shown, user_path, write_atomic
 
 # %% ../../nbs/10a_files.manifest.ipynb #155739e7
 MANIFEST, FORMAT = "manifest.json", "spinereg-result-1"
@@ -74,12 +74,14 @@ def check_room(
 ) -> None:
     "Refuse a folder where a result would replace what is not of an earlier one, or what it is made from."
     file, names = InputFile("out_dir", folder), tuple(names)
+    if shown(file.path) != str(file.path):
+        raise file.error("its name is no UTF-8, which not every library can write into", "Give a folder with another name.")
     with folder_aside(folder):  # also removes what killed runs left
         theirs = strangers(file.path, names)
     if theirs:
         reason = f"{', '.join(theirs)} would be replaced, expected only files that a {MANIFEST} in it names as an earlier result"
         raise file.error(reason, "Give another folder, or move them away; delete them if they are of a result without a manifest.")
-    read = {Path(path).resolve() for path in given if isinstance(path, (str, Path)) and Path(path).is_file()}
+    read = {user_path(path).resolve() for path in given if isinstance(path, (str, Path)) and user_path(path).is_file()}
     earlier = (read_manifest(file.path) or {"files": ()})["files"]  # those that the new result lacks are removed
     if own := [name for name in dict.fromkeys((*names, *earlier)) if (file.path / name).resolve() in read]:
         raise file.error(f"{', '.join(own)} in it would be replaced, and the run reads that", "Give another folder.")
@@ -94,12 +96,14 @@ def in_turn(
     end = time.monotonic() + patience_s
     while time.monotonic() < end:
         with folder_aside(folder, "-turn") as mine:
-            others = [mark for mark in folder.glob(".partial-*-turn") if mark != mine and not is_left(mark)]
+            marks = [mark for mark in folder.glob(".partial-*-turn") if mark != mine and not is_left(mark)]
+            others = [whose for mark in marks if (whose := ASIDE.fullmatch(mark.name))]
             if not others:
                 yield
                 return
         time.sleep(random.uniform(0.01, 0.1))
-    raise TimeoutError(f"{folder}: another run has been writing there for {patience_s:g} s ({others[0].name}); remove that if it is none")
+    whose = f"process {others[0][1]} on {others[0][3]}"
+    raise TimeoutError(f"{folder}: another run has been writing there for {patience_s:g} s ({whose}); end it, or write elsewhere")
 
 
 @contextmanager
@@ -107,7 +111,7 @@ def write_result(
     folder: str | Path,  # made when missing
 ) -> Iterator[Path]:  # an empty folder to write into
     "Write a result aside; it takes the place of the one in a folder once all of its files are whole."
-    folder = Path(folder)
+    folder = user_path(folder)
     with folder_aside(folder) as aside:
         yield aside
         new = {path.relative_to(aside).as_posix(): describe(path) for path in sorted(aside.rglob("*")) if path.is_file()}
@@ -121,7 +125,7 @@ def write_result(
                 (folder / name).unlink(missing_ok=True)
             for name in new:
                 (folder / name).parent.mkdir(exist_ok=True)
-                os.replace(aside / name, folder / name)
+                put_in_place(aside / name, folder / name)
             write_manifest(folder, new, whole=True)
 
 # %% ../../nbs/10a_files.manifest.ipynb #b019613e

@@ -18,9 +18,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .itk import parts_of, read_checked
 from .labels import VERTEBRAE
 from .manifest import result_files
-from .problems import InputFile, write_atomic
+from .problems import InputFile, shown, user_path, write_atomic
 from ..space.fields import along_axes, compose, invert, warp, world_vectors
 from ..space.geometry import Grid, sample_index, transform_points
 from ..space.polyrigid import Polyrigid, hold_bone, near_bone
@@ -131,7 +132,7 @@ def write_transform(
     "Write a transform and its inverse as ITK composites (LPS mm), for ITK, 3D Slicer and ANTs."
     forward = sitk.CompositeTransform([itk_affine(transform.rigid), itk_field(transform.disp, transform.grid)])
     backward = sitk.CompositeTransform([itk_field(transform.disp_inv, transform.grid), itk_affine(np.linalg.inv(transform.rigid))])
-    folder = Path(folder)
+    folder = user_path(folder)
     return write_itk(folder / "transform.h5", forward), write_itk(folder / "inverse.h5", backward)
 
 
@@ -140,7 +141,7 @@ def write_motions(
     motions: Mapping[str, np.ndarray],  # (4, 4) of every vertebra, fixed -> moving, RAS mm
 ) -> None:
     "Write the motion of every vertebra as an ITK transform: vertebrae/L2.tfm."
-    place = Path(folder) / "vertebrae"
+    place = user_path(folder) / "vertebrae"
     place.mkdir(exist_ok=True)
     for name, motion in motions.items():
         write_itk(place / f"{name}.tfm", itk_affine(motion))
@@ -157,16 +158,16 @@ def linear_matrix(
 
 # %% ../../nbs/15_files.transforms.ipynb #ffd8a384
 def read_composite(
-    path: Path,
+    file: InputFile,
     field_first: bool,  # whether the field is applied first, as in transform.h5, or last, as in inverse.h5
 ) -> tuple[Grid, Float[Tensor, "1 3 i j k"], np.ndarray]:  # grid, displacement in mm along its axes, (4, 4) RAS matrix
     "The parts of a composite of one affine transform and one displacement field."
-    parts = sitk.CompositeTransform(sitk.ReadTransform(str(path)))
-    kinds = [parts.GetNthTransform(n).GetName() for n in range(parts.GetNumberOfTransforms())]
-    wanted = ["AffineTransform", "DisplacementFieldTransform"]
+    fix = "Give a transform.h5 written by spinereg."
+    parts = parts_of(read_checked(file, fix))
+    kinds, wanted = [part.GetName() for part in parts], ["AffineTransform", "DisplacementFieldTransform"]
     if kinds != (wanted if field_first else wanted[::-1]):
-        raise ValueError(f"{path}: holds {kinds}, expected {wanted}; give a transform.h5 written by spinereg")
-    affine, field = (parts.GetNthTransform(kinds.index(kind)).Downcast() for kind in wanted)
+        raise file.error(f"holds {kinds}, expected {wanted if field_first else wanted[::-1]}", fix)
+    affine, field = (parts[kinds.index(kind)] for kind in wanted)
     image = field.GetDisplacementField()
     grid = grid_of(image)
     vectors = sitk.GetArrayFromImage(image).transpose(2, 1, 0, 3) @ FLIP[:3, :3]
@@ -192,7 +193,7 @@ def read_inverse(
     "The inverse displacement of a file, if there is one and it belongs to a forward map."
     if not path.is_file():
         return None
-    own, disp_inv, back = read_composite(path, field_first=False)
+    own, disp_inv, back = read_composite(InputFile("transform", path), field_first=False)
     fits = own.same_as(grid) and np.allclose(back @ rigid, np.eye(4), atol=1e-4) and comes_back(disp, disp_inv, grid)
     return disp_inv if fits else None
 
@@ -201,17 +202,18 @@ def read_transform(
     path: str | Path,  # transform.h5, or the folder that holds it
 ) -> SpineTransform:
     "Read a transform written by `write_transform`; one in a result folder is compared with its manifest."
-    file, path = InputFile("transform", path), Path(path) / "transform.h5" if Path(path).is_dir() else Path(path)
+    file = InputFile("transform", path)
+    path = file.path / "transform.h5" if file.path.is_dir() else file.path
     with result_files(file, path.name, "inverse.h5"):
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such transform file; expected a transform.h5 written by spinereg, or its folder")
-        grid, disp, rigid = read_composite(path, field_first=True)
+            raise FileNotFoundError(f"{shown(path)}: no such transform file; expected a transform.h5 written by spinereg, or its folder")
+        grid, disp, rigid = read_composite(InputFile("transform", path), field_first=True)
         disp_inv = read_inverse(path.with_name("inverse.h5"), grid, disp, rigid) if path.name == "transform.h5" else None
     if disp_inv is None:
         disp_inv = invert(disp, grid)
         if not comes_back(disp, disp_inv, grid):
             fix = "keep inverse.h5 of the same run in the same folder"
-            raise ValueError(f"{path}: has no inverse to 0.5 mm, and none that fits lies beside it; {fix}")
+            raise ValueError(f"{shown(path)}: has no inverse to 0.5 mm, and none that fits lies beside it; {fix}")
     return SpineTransform(grid, disp, disp_inv, rigid)
 
 # %% ../../nbs/15_files.transforms.ipynb #4281198d
@@ -222,10 +224,7 @@ def read_rigid(
     fix = "Give a rigid ITK transform (fixed -> moving points) such as Slicer's .tfm or .h5."
     if not file.path.is_file():
         raise file.error("no such file, and not one of header, centres, labels, search, auto", fix)
-    try:
-        transform = sitk.ReadTransform(str(file.path))
-    except RuntimeError as error:
-        raise file.error("is no transform that ITK can read", fix) from error
+    transform = read_checked(file, fix)
     if not transform.IsLinear():
         raise file.error(f"holds a {transform.GetName()}, which is not linear", fix)
     rigid = linear_matrix(transform)
