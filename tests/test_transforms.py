@@ -6,9 +6,9 @@ import SimpleITK as sitk
 import torch
 from scipy.spatial.transform import Rotation
 
-from spinereg.files.transforms import FLIP, SpineTransform, itk_affine, itk_image, read_transform, write_itk, write_transform
+from spinereg.files.transforms import SpineTransform, itk_affine, itk_image, read_transform, write_itk, write_transform
 from spinereg.space.fields import integrate, warp
-from spinereg.space.geometry import Grid, sample_index, transform_points
+from spinereg.space.geometry import FLIP, Grid, sample_index, transform_points
 from spinereg.space.rigid import twist_matrix
 
 

@@ -36,14 +36,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..files.foreign import whole_transform
-from ..files.transforms import FLIP, itk_image
+from ..files.transforms import itk_image
 from ..losses.objective import Batch
 from ..registration.register import Inputs, conclude, prepare
 from ..registration.results import Registration
 from ..registration.run import PROGRESS, in_range, one_of, whole
 from ..registration.scene import Scene, make_batch
 from ..space.fields import warp_labels
-from ..space.geometry import Grid
+from ..space.geometry import FLIP, Grid
 
 # %% ../../nbs/60_compare.elastix.ipynb #9bbbcad2
 PAR0004 = {  # the model zoo's, as Jian et al. changed it; three numbers: one per level, from coarse to fine

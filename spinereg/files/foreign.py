@@ -20,9 +20,9 @@ from torch import Tensor
 from .itk import part_fault, parts_of, read_checked
 from .nifti import open_nifti
 from .problems import InputFile, user_path
-from .transforms import FLIP, SpineTransform, grid_of, read_transform
+from .transforms import SpineTransform, grid_of, read_transform
 from ..space.fields import along_axes, extend_field, invert
-from ..space.geometry import Grid, transform_points
+from ..space.geometry import FLIP, Grid, transform_points
 from ..space.rigid import motion_matrix, procrustes
 
 # %% ../../nbs/16_files.foreign.ipynb #046fded2

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ASIDE', 'user_path', 'shown', 'Problem', 'Notice', 'InputError', 'InputFile', 'file_text', 'is_left', 'asked_for',
-           'not_written', 'make_aside', 'folder_aside', 'put_in_place', 'write_together', 'write_atomic', 'path_in']
+           'not_written', 'make_aside', 'folder_aside', 'put_in_place', 'write_together', 'write_atomic', 'path_in',
+           'check_out']
 
 # %% ../../nbs/10_files.problems.ipynb #83933d23
 import errno
@@ -74,14 +75,16 @@ class InputError(ValueError):
 
 # %% ../../nbs/10_files.problems.ipynb #b6f2406f
 class InputFile:
-    "A file that is being read: which input it is, and what was noticed about it so far."
+    "A file that is being read, or what stands for it in memory: which input it is, and what was noticed about it so far."
 
     def __init__(
         self,
         name: str,  # which input: fixed, moving, moving_labels, ...
-        path: str | Path,
+        given: object,  # a path, or what stands for a file in memory
     ):
-        self.name, self.path, self.notices = name, user_path(path), []
+        self.name, self.notices = name, []
+        self.held = None if isinstance(given, (str, Path)) else given
+        self.path = user_path(given) if self.held is None else Path(f"({type(given).__name__} in memory)")
 
     def notice(self, text: str, doubt: bool = False) -> None:  # what was found and what is done about it; whether a result may be wrong for it
         "Write something down about this file."
@@ -221,3 +224,19 @@ def path_in(
         fix = "Give a name of 1 to 255 bytes of UTF-8, without slashes; . and .. are no names."
         raise InputError(Problem(what, repr(name[:80]), reason, fix))
     return path
+
+# %% ../../nbs/10_files.problems.ipynb #00f14002
+def check_out(
+    name: str,  # which output, for the message
+    path: str | Path,  # of the file to be written
+    endings: Sequence[str],  # that it may have
+) -> None:
+    "An error for a file that could not be written."
+    file = InputFile(name, path)
+    if not file.path.name.lower().endswith(tuple(endings)):
+        raise file.error("it has another ending than what is written there", f"Give a name that ends in {' or '.join(endings)}.")
+    if file.path.is_dir():
+        raise file.error("this is a folder", "Give the name of a file in it.")
+    path_in(file.path.parent, file.path.name, name)
+    with folder_aside(file.path.parent):
+        pass

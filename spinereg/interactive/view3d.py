@@ -20,7 +20,6 @@ from torch import Tensor
 from traitlets import List, Unicode
 
 from ..files.pairs import Pair
-from ..files.transforms import FLIP
 from .bones import draw_bones
 from .display import Viewer, static
 from .itk_viewer import has_itk_viewer
@@ -28,7 +27,7 @@ from .stack import Stack, as_stack
 from ..measure.pictures import AXIAL, COLOURS, CORONAL, SAGITTAL, Picture, show_slice
 from ..registration.report import marked
 from ..registration.results import Registration
-from ..space.geometry import Grid
+from ..space.geometry import FLIP, Grid
 
 # %% ../../nbs/77_interactive.view3d.ipynb #c72541b9
 def nifti_bytes(

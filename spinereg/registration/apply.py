@@ -15,11 +15,11 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from ..files.nifti import read_nifti, write_image
+from ..files.nifti import ImageLike, read_nifti, write_image
 from ..files.points import AXES, is_points, read_points, write_points
-from ..files.problems import InputFile, Notice
+from ..files.problems import InputFile, Notice, check_out
 from ..files.transforms import SpineTransform, read_transform
-from ..files.volumes import is_label_map, read_image, whole_numbers
+from ..files.volumes import image_of, is_label_map, whole_numbers
 from .run import one_of, refuse
 from ..space.fields import warp, warp_labels
 from ..space.geometry import Grid, inside, slabs, transform_points
@@ -40,7 +40,7 @@ def carry(
 
 # %% ../../nbs/49_registration.apply.ipynb #fccec5e1
 def read_values(
-    what: str | Path,
+    what: ImageLike,
     labels: bool | str,  # True reads whole numbers, "auto" where they are a label map's
 ) -> tuple[Shaped[Tensor, "i j k"], Grid, Sequence[Notice]]:
     "The voxels of an image or a label map of any scheme, and what was noticed about it."
@@ -48,7 +48,7 @@ def read_values(
     data, native = read_nifti(file)
     if is_label_map(data) if labels == "auto" else labels:
         return torch.from_numpy(whole_numbers(data, file)), native.grid, file.notices
-    image = read_image(what, "what", any_values=True)
+    image = image_of(data, native, file)
     return image.data, image.grid, image.notices
 
 # %% ../../nbs/49_registration.apply.ipynb #1eaeb12f
@@ -66,8 +66,8 @@ def carry_points(
 
 # %% ../../nbs/49_registration.apply.ipynb #5f5b93ae
 def apply_points(
-    what: Path,
-    out: Path,
+    what: str | Path | pd.DataFrame,
+    out: str | Path,
     phi: SpineTransform,
     to: str,
 ) -> Path:  # the file written, with all columns
@@ -75,25 +75,25 @@ def apply_points(
     table = carry_points(read_points(what, "what"), phi, to)
     if away := int((~table.in_view).sum()):
         where = f"{away} of {len(table)} points lie where no deformation is known"
-        print(Notice("what", what.name, f"{where}; they are moved by the rigid part alone, and in_view is False"))
+        print(Notice("what", InputFile("what", what).path.name, f"{where}; they are moved by the rigid part alone, and in_view is False"))
     return write_points(out, table)
 
 # %% ../../nbs/49_registration.apply.ipynb #d5e4244e
 def apply(
     transform: str | Path,  # transform.h5 or the folder with it, from `register`
-    what: str | Path,  # image or label map (NIfTI), or points: .csv with x_mm, y_mm, z_mm (RAS), .mrk.json or .fcsv of 3D Slicer
+    what: ImageLike | pd.DataFrame,  # image or label map, or points: a table or .csv with x_mm, y_mm, z_mm (RAS), .mrk.json or .fcsv of 3D Slicer
     out: str | Path,  # file to write: .nii.gz; .csv or .mrk.json for points
-    onto: str | Path | None = None,  # image whose voxels the result gets; not for points
+    onto: ImageLike | None = None,  # image whose voxels the result gets; not for points
     to: str = "fixed",  # the world to carry it into: "fixed" or "moving"
     labels: bool | str = "auto",  # True keeps label values whole; "auto" does where the voxels are a label map's
 ) -> Path:  # the file written
     "Carry an image, a label map or points through a saved transform."
     refuse("apply", [one_of("to", to, ("fixed", "moving")), one_of("labels", labels if isinstance(labels, str) else "auto", ("auto",))])
+    points = is_points(what)
+    check_out("out", out, (".csv", ".mrk.json") if points else (".nii.gz", ".nii"))
     phi = read_transform(transform)
-    if is_points(what):
-        ending = ".mrk.json" if str(out).lower().endswith(".mrk.json") else Path(out).suffix.lower()
-        refuse("apply", [one_of("the ending of out", ending, (".csv", ".mrk.json"))])
-        return apply_points(Path(what), Path(out), phi, to)
+    if points:
+        return apply_points(what, out, phi, to)
     if onto is None:
         raise ValueError("apply: onto=None: expected the image whose voxels the result gets, such as the fixed image")
     file = InputFile("onto", onto)

@@ -26,7 +26,7 @@ from ..files.manifest import check_room, write_result
 from ..files.nifti import write_image
 from ..files.pairs import Pair
 from ..files.problems import write_atomic
-from ..files.transforms import FLIP, TRANSFORM_FILES, SpineTransform, write_motions, write_transform
+from ..files.transforms import TRANSFORM_FILES, SpineTransform, write_motions, write_transform
 from ..files.volumes import Labels, renumber, write_labels
 from ..losses.bone import bone_voxels, rigid_motions, rigid_residual_mm
 from ..losses.penalties import rd
@@ -53,7 +53,7 @@ from spinereg.registration.report import (
 )
 from .scene import Scene, make_batch, overlap_mask
 from ..space.fields import determinant, jacobian, warp, warp_labels, world_vectors
-from ..space.geometry import Grid, transform_points
+from ..space.geometry import FLIP, Grid, transform_points
 from ..space.images import label_centres_mm
 from ..space.polyrigid import Polyrigid, near_bone
 
