@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from .elastix import register_elastix
 from ..files.manifest import MANIFEST, result_files
-from ..files.problems import InputError, InputFile, Problem, path_in, write_atomic
+from ..files.problems import InputError, InputFile, Problem, path_in, user_path, write_atomic
 from ..learning.cases import FILES, Case, find_cases
 from ..measure.pictures import Picture
 from ..registration.networks import find_weights
@@ -58,7 +58,7 @@ def is_done(
     arguments = {name: parameter.default for name, parameter in inspect.signature(function).parameters.items() if name not in ("out_dir", "on_step")}
     wanted = json.loads(json.dumps(arguments | dict(given), default=str))
     same = wanted == {name: value for name, value in then.items() if name not in ("out_dir", "itk_elastix", "taken")}
-    return same and all(Path(file).stat().st_mtime <= record.stat().st_mtime for file in input_files(given))
+    return same and all(user_path(file).stat().st_mtime <= record.stat().st_mtime for file in input_files(given))
 
 # %% ../../nbs/61_compare.evaluation.ipynb #67bba0c9
 def register_case(
@@ -121,7 +121,7 @@ def read_run(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # a row per case; a row per case and vertebra
     "Gather the figures of a run from its result files."
     cases, vertebrae = [], []
-    places = {file.parent for name in (MANIFEST, "metrics.json") for file in Path(folder).glob(f"*/{name}")}
+    places = {file.parent for name in (MANIFEST, "metrics.json") for file in user_path(folder).glob(f"*/{name}")}
     for place in sorted(place for place in places if names is None or place.name in names):
         with result_files(InputFile("result", place), "metrics.json", "vertebrae.csv") as files:
             if not files:
@@ -209,7 +209,7 @@ def run_folders(
     "Where the results of all runs are, or will be."
     if taken := [name for name, run in runs.items() if isinstance(run, Mapping) and name in WRITTEN]:
         raise InputError(Problem("run", taken[0], f"a table or picture in {out_dir} has this name", "Give the run another name."))
-    return {name: path_in(out_dir, name, "run") if isinstance(run, Mapping) else Path(run) for name, run in runs.items()}
+    return {name: path_in(out_dir, name, "run") if isinstance(run, Mapping) else user_path(run) for name, run in runs.items()}
 
 # %% ../../nbs/61_compare.evaluation.ipynb #6a8bf609
 def register_runs(
@@ -258,7 +258,7 @@ def evaluate_runs(
     baseline: str | None = None,  # the run the others are compared with; the first when None
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:  # a row per run and case; per run, case and vertebra; per run and figure
     "Register all cases in all ways, and compare."
-    folders, out_dir, baseline = run_folders(runs, out_dir), Path(out_dir), baseline or next(iter(runs))
+    folders, out_dir, baseline = run_folders(runs, out_dir), user_path(out_dir), baseline or next(iter(runs))
     if baseline not in runs:
         raise ValueError(f"evaluate_runs: baseline={baseline!r}: expected one of {', '.join(runs)}")
     found, findings = find_cases(data_dir, split)

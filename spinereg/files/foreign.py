@@ -49,10 +49,11 @@ def read_field(
         reader.SetFileName(str(file.path))
         reader.ReadImageInformation()
         size, count, free = reader.GetSize(), reader.GetNumberOfComponents(), psutil.virtual_memory().available
+        shape = f"{' x '.join(map(str, size))} voxels with {count} numbers each"
         if len(size) != 3 or count != 3:
-            raise file.error(f"is an image of {' x '.join(map(str, size))} voxels with {count} numbers each, expected a volume with 3 numbers each", fix)
+            raise file.error(f"is an image of {shape}, expected a volume with 3 numbers each", fix)
         if (needed := 48 * math.prod(size)) > free:
-            raise file.error(f"says that it has {math.prod(size)} voxels, which take {needed / 1e6:.0f} MB of memory; {free / 1e6:.0f} MB are free", fix)
+            raise file.error(f"has {shape}, which take {needed / 1e6:.0f} MB of memory; {free / 1e6:.0f} MB are free", fix)
         field = sitk.DisplacementFieldTransform(sitk.Cast(reader.Execute(), sitk.sitkVectorFloat64))
     except (RuntimeError, TypeError, MemoryError) as error:  # a TypeError where the name of the file is no text
         raise file.error(f"is no image that ITK can read ({str(error).strip().splitlines()[-1].strip()})", fix) from error

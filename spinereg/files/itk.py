@@ -123,7 +123,8 @@ def matlab_fault(file: InputFile) -> str:
     except Exception as error:  # of damaged bytes it raises whatever it stumbles over
         return f"is no file in MATLAB's format ({type(error).__name__}: {error})"
     if len(names) != 2 or names[1] != "fixed" or any(column.ndim != 2 or column.shape[1] != 1 for column in columns):
-        return f"holds {', '.join(f'{name} {column.shape}' for name, column in zip(names, columns)) or 'nothing'}, expected a class and fixed, in columns"
+        held = ", ".join(f"{name} {column.shape}" for name, column in zip(names, columns)) or "nothing"
+        return f"holds {held}, expected a class and fixed, in columns"
     return class_fault(names[0], columns[0][:, 0], columns[1][:, 0])
 
 # %% ../../nbs/14a_files.itk.ipynb #a350cc6a

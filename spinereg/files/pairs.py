@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .conflicts import check_points, refuse_bone_without_image
 from .labels import VERTEBRAE
-from .problems import InputError, InputFile, Notice, Problem, write_atomic
+from .problems import InputError, InputFile, Notice, Problem, file_text, write_atomic
 from .volumes import Labels, Volume, read_image, read_labels, settle_modality
 
 # %% ../../nbs/14_files.pairs.ipynb #ce347433
@@ -43,12 +43,14 @@ def landmark_rows(
     "The lines of a landmark CSV."
     if not file.path.is_file():
         raise file.error("no such file", "Check the path of the landmark CSV.")
-    table = csv.DictReader(file.path.read_text(encoding="utf-8-sig", errors="replace").splitlines())
-    missing = [column for column in ("name", "vertebra", *COORDINATES) if column not in (table.fieldnames or ())]
-    if missing:
-        fix = f"The first line must be: name,vertebra,{','.join(COORDINATES)}."
-        raise file.error(f"columns are missing: {', '.join(missing)}", fix)
-    rows = list(table)
+    table, fix = csv.DictReader(file_text(file).splitlines()), f"The first line must be: name,vertebra,{','.join(COORDINATES)}."
+    try:
+        columns, rows = table.fieldnames or (), list(table)
+    except csv.Error as error:
+        raise file.error(f"it cannot be read as a table ({error})", fix) from error
+    wrong = [column for column in ("name", "vertebra", *COORDINATES) if columns.count(column) != 1]
+    if wrong:
+        raise file.error(f"columns are missing, or there twice: {', '.join(wrong)}", fix)
     if long := [str(line) for line, row in enumerate(rows, 2) if any(row.get(None, ()))]:
         reason = f"lines with more values than columns: {', '.join(long[:5])}"
         raise file.error(reason, "Write decimal points, not commas, and put names with a comma in quotes.")

@@ -6,6 +6,7 @@
 __all__ = ['AXES', 'TO_RAS', 'checked_points', 'read_markups', 'read_fiducials', 'is_points', 'read_points', 'write_points']
 
 # %% ../../nbs/13b_files.points.ipynb #47d01c3a
+import io
 import json
 import warnings
 from functools import partial
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .problems import InputFile, write_atomic
+from .problems import InputError, InputFile, file_text, shown, write_atomic
 
 # %% ../../nbs/13b_files.points.ipynb #d44e00ec
 AXES = ["x_mm", "y_mm", "z_mm"]
@@ -39,24 +40,26 @@ def checked_points(
 def read_markups(file: InputFile) -> pd.DataFrame:
     "The control points of the markups of 3D Slicer, in RAS mm."
     try:
-        markups = json.loads(file.path.read_text("utf-8"))["markups"]
+        markups = json.loads(file_text(file))["markups"]
         systems = {markup.get("coordinateSystem", "LPS") for markup in markups}
         points = [point for markup in markups for point in markup["controlPoints"] if point.get("positionStatus", "defined") == "defined"]
         units = {markup.get("coordinateUnits", "mm") for markup in markups}
-        rows = [(point.get("label", ""), *point["position"]) for point in points]
+        rows = [(shown(point.get("label", "")), *point["position"]) for point in points]
         table = pd.DataFrame(rows, columns=["name", *AXES])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"it cannot be read as markups of 3D Slicer ({type(error).__name__}: {error})"
         raise file.error(reason, "Save the points again in 3D Slicer.") from error
     if not points or units != {"mm"}:
-        reason = f"it holds {len(points)} points that are placed, in {', '.join(map(str, sorted(units))) or 'no unit'}"
+        reason = f"it holds {len(points)} points that are placed, in {', '.join(sorted(map(str, units))) or 'no unit'}"
         raise file.error(reason, "Points in mm are expected; place them in 3D Slicer and save them again.")
-    return checked_points(table, systems.pop() if len(systems) == 1 else ", ".join(map(str, sorted(systems))), file)
+    return checked_points(table, systems.pop() if len(systems) == 1 else ", ".join(sorted(map(str, systems))), file)
 
 # %% ../../nbs/13b_files.points.ipynb #75747f39
 def read_fiducials(file: InputFile) -> pd.DataFrame:
     "The points of a fiducial file of 3D Slicer, in RAS mm."
-    lines = file.path.read_text("utf-8", errors="replace").splitlines()
+    lines = file_text(file).splitlines()
     said = dict(line[1:].partition("=")[::2] for line in lines if line.startswith("#"))
     said = {key.strip(): value.strip() for key, value in said.items()}
     system, columns = said.get("CoordinateSystem", ""), said.get("columns", "").split(",")
@@ -86,15 +89,16 @@ def read_points(
         return read_markups(file)
     if str(path).lower().endswith(".fcsv"):
         return read_fiducials(file)
+    text = file_text(file)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)  # more values than columns: decimal commas
-            table = pd.read_csv(file.path, index_col=False)
+            table = pd.read_csv(io.StringIO(text), index_col=False)
     except (ValueError, pd.errors.ParserWarning) as error:
         fix = "Write one line of column names, then one line for each point, with decimal points."
         raise file.error(f"it cannot be read as a table ({error})", fix) from error
-    if not set(AXES) <= set(table.columns):
-        raise file.error(f"has the columns {list(table.columns)}", f"Points need the columns {AXES}, in RAS mm.")
+    if not set(AXES) <= set(table.columns) or {f"{axis}.1" for axis in AXES} & set(table.columns):
+        raise file.error(f"has the columns {', '.join(map(str, table.columns))[:300]}", f"Points need the columns {AXES} once, in RAS mm.")
     return checked_points(table, "RAS", file)
 
 # %% ../../nbs/13b_files.points.ipynb #62f06f44

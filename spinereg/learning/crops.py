@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import spinereg
 from ..files.manifest import content_hash
-from ..files.problems import write_atomic
+from ..files.problems import user_path, write_atomic
 from .cases import Case, Finding, PrepareCase, compare_cases, find_cases
 from ..registration.run import PROGRESS
 
@@ -40,13 +40,13 @@ class OnDisk:
         prepare_case: PrepareCase,
         folder: str | Path,  # where prepared cases are kept
     ):
-        self.prepare_case, self.folder, self.paths = prepare_case, Path(folder), {}
+        self.prepare_case, self.folder, self.paths = prepare_case, user_path(folder), {}
 
     def path(self, case: Case) -> Path:
         "Where the prepared case is kept."
         if case not in self.paths:
             given = [*case.files().values(), self.prepare_case.prealign]
-            contents = [content_hash(path) if path and Path(path).is_file() else path for path in given]
+            contents = [content_hash(user_path(path)) if path and user_path(path).is_file() else path for path in given]
             key = repr((spinereg.__version__, case.split, case.name, self.prepare_case, contents))
             self.paths[case] = self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.pt"
         return self.paths[case]

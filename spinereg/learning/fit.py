@@ -26,6 +26,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+from ..files.problems import user_path
 from .cases import REACH, PrepareCase
 from .checkpoint import Records, epoch_row, keep_weights, read_checkpoint, read_records, restore, save_checkpoint
 from .crops import Crops, Split, crop_transform, cut_crop, prepare_splits
@@ -151,7 +152,7 @@ class Training(NamedTuple):
 
     @property
     def out_dir(self) -> Path:
-        return Path(self.settings.out_dir)
+        return user_path(self.settings.out_dir)
 
     def crops(self, epoch: int) -> Crops:  # of this process
         "The crops of an epoch; `epoch` of them are done."
@@ -182,7 +183,7 @@ def first_learner(
     given: Settings,
 ) -> Learner:
     "A network that has not taken a step, on its device."
-    accelerator = make_accelerator(given.device, given.mixed_precision, given.logger, given.out_dir)
+    accelerator = make_accelerator(given.device, given.mixed_precision, given.logger, user_path(given.out_dir))
     torch.manual_seed(given.seed)
     taught = similarity_of(given.similarity), given.spacing_mm, given.weights, given.learning_rate, given.decay
     return make_learner(accelerator, first_network(given), *taught)
@@ -232,7 +233,7 @@ def begin(
     "A training that is about to take its first step, or the next."
     from accelerate.utils import broadcast_object_list
 
-    learner, out_dir = first_learner(given), Path(given.out_dir)
+    learner, out_dir = first_learner(given), user_path(given.out_dir)
     [there] = broadcast_object_list([(out_dir / "last.pt").is_file()])
     if there and not resume:
         raise ValueError(f"fit: {out_dir} holds a training (last.pt); resume=True goes on with it, another out_dir begins anew")

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..files.labels import SCHEMES
 from ..files.pairs import Landmarks, write_landmarks
-from ..files.problems import write_together
+from ..files.problems import user_path, write_together
 from ..measure.pictures import AXIAL, CORONAL, SAGITTAL, Picture, show_outlines, show_slice
 from .appearance import Appearance, acquire, appearance_grid, oriented_grid
 from .posture import Truth, bend_spine, bone_points, clearances_mm, inverse_map, smallest_jacobian
@@ -399,7 +399,7 @@ def write_case(
             write_volume(aside / f"{name}.nii.gz", array, case.ct_grid if name in ct else case.mr_grid)
         (aside / "truth.json").write_bytes(json.dumps(truth_table(case), indent=1).encode())
         write_landmarks(aside / "landmarks.csv", case.landmarks)
-    return Path(folder)
+    return user_path(folder)
 
 # %% ../../nbs/84_phantom.cases.ipynb #a6cd7466
 def write_samples(

