@@ -12,7 +12,8 @@ from pathlib import Path
 import pandas as pd
 
 from ..files.foreign import read_map
-from ..files.nifti import read_nifti
+from ..files.nifti import ImageLike, read_nifti
+from ..files.pairs import LandmarksLike
 from ..files.problems import InputFile
 from ..files.transforms import SpineTransform
 from ..registration.register import Inputs, conclude, prepare
@@ -22,11 +23,11 @@ from ..space.geometry import respace_grid
 # %% ../../nbs/62_compare.given.ipynb #64d305b3
 def evaluate_transform(
     transform: SpineTransform | str | Path | Sequence[str | Path],  # fixed -> moving: a transform.h5 of ours, or files in the order ANTs names them
-    fixed: str | Path,  # the image that stays (NIfTI)
-    moving: str | Path,  # the image that is moved (NIfTI)
-    moving_labels: str | Path | None = None,  # its vertebra label map
-    fixed_labels: str | Path | None = None,  # vertebrae of the fixed image
-    landmarks: str | Path | None = None,  # CSV of matching points
+    fixed: ImageLike,  # the image that stays (NIfTI, or in memory)
+    moving: ImageLike,  # the image that is moved (NIfTI, or in memory)
+    moving_labels: ImageLike | None = None,  # its vertebra label map
+    fixed_labels: ImageLike | None = None,  # vertebrae of the fixed image
+    landmarks: LandmarksLike | None = None,  # matching points: a CSV, or the points of each image
     out_dir: str | Path | None = None,  # folder of the result files; None writes none
     moving_modality: str = "auto",  # "auto", "ct" or "mr"
     fixed_modality: str = "auto",  # "auto", "ct" or "mr"

@@ -72,22 +72,24 @@ def read_fiducials(file: InputFile) -> pd.DataFrame:
     return checked_points(table, {"0": "RAS", "1": "LPS"}.get(system, system), file)
 
 # %% ../../nbs/13b_files.points.ipynb #12ad983d
-def is_points(path: str | Path) -> bool:
-    "Whether a file is one of points, by its name."
-    return str(path).lower().endswith((".csv", ".fcsv", ".mrk.json"))
+def is_points(
+    given: object,  # what `apply` is to carry
+) -> bool:
+    "Whether it is a table, or a file of points by its name."
+    return isinstance(given, pd.DataFrame) or str(given).lower().endswith((".csv", ".fcsv", ".mrk.json"))
 
 
 def read_points(
-    path: str | Path,
+    given: str | Path | pd.DataFrame,
     name: str = "points",  # which input, for messages
 ) -> pd.DataFrame:  # x_mm, y_mm, z_mm in RAS, and what else the file says of each point
     "Read points of the world."
-    file = InputFile(name, path)
-    if not file.path.is_file():
+    file = InputFile(name, given)
+    if file.held is None and not file.path.is_file():
         raise file.error("no such file", "Check the path of the points.")
-    if str(path).lower().endswith(".mrk.json"):
+    if file.path.name.lower().endswith(".mrk.json"):
         return read_markups(file)
-    if str(path).lower().endswith(".fcsv"):
+    if file.path.name.lower().endswith(".fcsv"):
         return read_fiducials(file)
     text = file_text(file)
     try:

@@ -98,7 +98,11 @@ class InputFile:
 def file_text(
     file: InputFile,
 ) -> str:
-    "The text of a small file."
+    "The text of a small file, or of a table in memory as its CSV."
+    if file.held is not None:
+        if not hasattr(file.held, "to_csv"):
+            raise file.error("it is no table", "Give the path of a file, or a table of pandas.")
+        return file.held.to_csv(index=False)
     try:
         with open(file.path, "rb") as stream:
             raw = stream.read(100_000_001)

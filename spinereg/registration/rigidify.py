@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..files.foreign import read_map
 from ..files.manifest import check_room, write_result
-from ..files.nifti import read_nifti
+from ..files.nifti import ImageLike, read_nifti
 from ..files.problems import InputFile, Notice
 from ..files.transforms import TRANSFORM_FILES, SpineTransform, write_motions, write_transform
 from ..files.volumes import Labels, read_labels, renumber
@@ -186,8 +186,8 @@ def rigid_in_bone(
 # %% ../../nbs/47_registration.rigidify.ipynb #4607a9bb
 def rigidify(
     transform: SpineTransform | str | Path | Sequence[str | Path],  # fixed -> moving: a transform.h5 of ours, or files in the order ANTs names them
-    moving_labels: str | Path,  # vertebra label map of the moving image (NIfTI)
-    fixed: str | Path | None = None,  # the image that stays (NIfTI); None takes the field on the whole of its own grid
+    moving_labels: ImageLike,  # vertebra label map of the moving image (NIfTI, or in memory)
+    fixed: ImageLike | None = None,  # the image that stays (NIfTI, or in memory); None takes the field on the whole of its own grid
     moving_scheme: str | Mapping[int, str | None] = "verse",  # whose numbers the moving labels are
     keep_doubtful: bool = False,  # whether a vertebra whose label is no whole bone is made rigid all the same, and not left out
     spacing_mm: float = 1.0,  # voxel size at which another tool's map is looked at
