@@ -136,7 +136,8 @@ def test_f3a_a_registration_says_so_and_does_not_hold_that_bone(case, tmp_path):
 
     folder = ROOT / "data_samples/test/easy_0"
     nib.save(nib.Nifti1Image(few_voxels(*case, 22, 93).astype(np.int16), case[1]), tmp_path / "mask.nii.gz")
-    result = register(folder / "mr_t1.nii.gz", folder / "ct.nii.gz", tmp_path / "mask.nii.gz", spacing_mm=3.0, method="rigid", prealign="header", device="cpu")
+    quick = {"spacing_mm": 4.0, "method": "rigid", "prealign": "header", "device": "cpu"}
+    result = register(folder / "mr_t1.nii.gz", folder / "ct.nii.gz", tmp_path / "mask.nii.gz", **quick)
     assert "L3" not in result.metrics.vertebrae.index and len(result.metrics.vertebrae) == 6
     assert "L3 is in parts that do not touch" in " ".join(result.metrics.as_dict()["doubts"])
     assert "NOT TO BE TRUSTED" in result.summary() and result.metrics.parameters["keep_doubtful"] is False
