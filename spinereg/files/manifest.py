@@ -105,7 +105,7 @@ def in_turn(
     whose = f"process {others[0][1]} on {others[0][3]}"
     raise TimeoutError(f"{folder}: another run has been writing there for {patience_s:g} s ({whose}); end it, or write elsewhere")
 
-
+# %% ../../nbs/10a_files.manifest.ipynb #ce748882
 @contextmanager
 def write_result(
     folder: str | Path,  # made when missing

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .itk import parts_of, read_checked
+from .itk import itk_path, parts_of, read_checked
 from .labels import VERTEBRAE
 from .manifest import result_files
 from .nifti import itk_to_ras
@@ -114,7 +114,7 @@ def write_itk(
     transform: sitk.Transform,
 ) -> Path:
     "Write an ITK transform file."
-    return write_atomic(path, lambda part: sitk.WriteTransform(transform, str(part)))
+    return write_atomic(path, lambda part: sitk.WriteTransform(transform, itk_path(part)))
 
 # %% ../../nbs/15_files.transforms.ipynb #1db4a27d
 TRANSFORM_FILES = ("transform.h5", "inverse.h5", *(f"vertebrae/{name}.tfm" for name in VERTEBRAE))  # at most
