@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'PADDING', 'UNITS', 'ImageLike', 'missing_file', 'unpacked', 'read_header', 'unreadable', 'voxel_bytes',
-           'refuse_claim', 'read_voxels', 'voxel_sizes', 'to_mm', 'shorten_quaternion', 'open_nifti', 'itk_to_ras',
-           'held_nifti', 'scalar_volume', 'usable_affine', 'read_qform', 'header_affines', 'usable_kinds',
-           'choose_affine', 'NativeSpace', 'read_nifti', 'result_header', 'write_image']
+           'refuse_claim', 'read_voxels', 'voxel_sizes', 'to_mm', 'shorten_quaternion', 'in_mm', 'read_space',
+           'open_nifti', 'itk_to_ras', 'held_nifti', 'scalar_volume', 'usable_affine', 'read_qform', 'header_affines',
+           'usable_kinds', 'choose_affine', 'NativeSpace', 'read_nifti', 'result_header', 'write_image']
 
 # %% ../../nbs/12_files.nifti.ipynb #d50821e5
 import gzip
@@ -200,6 +200,26 @@ def shorten_quaternion(
             header[name] = header[name] / length
 
 # %% ../../nbs/12_files.nifti.ipynb #8d1b7a79
+def in_mm(
+    header: nib.Nifti1Header,  # mended by nibabel; changed
+    stands: nib.Nifti1Header,  # as it stands
+    file: InputFile,
+) -> np.ndarray:  # (3,) voxel sizes, mm, not mended
+    "Bring a header to millimetres, and its quaternion to length 1."
+    sizes = stands["pixdim"][1:4] * to_mm(header, file)
+    shorten_quaternion(header)
+    return sizes
+
+
+def read_space(
+    file: InputFile,
+) -> tuple[nib.Nifti1Header, np.ndarray]:  # header in mm, (3,) voxel sizes, not mended
+    "The header of a NIfTI-1 or NIfTI-2 file; of its voxels nothing is read."
+    with unpacked(file) as stream:
+        header, stands = read_header(stream, file)
+    return header, in_mm(header, stands, file)
+
+
 def open_nifti(
     file: InputFile,
 ) -> tuple[nib.Nifti1Header, np.ndarray, np.ndarray]:  # header in mm, voxels, scaled as it says, (3,) voxel sizes, not mended
@@ -207,15 +227,14 @@ def open_nifti(
     with unpacked(file) as stream:
         header, stands = read_header(stream, file)
         raw = read_voxels(stream, stands, file)
-        mm = to_mm(header, file)
-        shorten_quaternion(header)
+        sizes = in_mm(header, stands, file)
         try:
             slope, inter = header.get_slope_inter()
             scale = (1.0 if slope is None else slope, 0.0 if inter is None else inter)
             array = np.asanyarray(nib.arrayproxy.ArrayProxy(io.BytesIO(raw), (header.get_data_shape(), header.get_data_dtype(), 0, *scale)))
         except (nib.spatialimages.HeaderDataError, OSError, ValueError) as error:
             raise unreadable(file, error) from error
-    return header, array, stands["pixdim"][1:4] * mm
+    return header, array, sizes
 
 # %% ../../nbs/12_files.nifti.ipynb #00f11005
 ImageLike = str | Path | nib.spatialimages.SpatialImage | sitk.Image | tuple  # a NIfTI file, an image in memory, or (array, (4, 4) affine to RAS mm)

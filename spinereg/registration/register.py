@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FILE_INPUTS', 'METHODS', 'PENALTIES', 'scheme_faults', 'fault_of', 'said', 'Inputs', 'Way', 'bone_faults',
-           'RegisterSettings', 'memory_gb', 'memory_warning', 'Prepared', 'label_tables', 'read_inputs', 'prepare',
-           'stay', 'ask_network', 'find_velocity', 'conclude', 'carry_out', 'register']
+           'RegisterSettings', 'Prepared', 'label_tables', 'read_inputs', 'prepare', 'stay', 'ask_network',
+           'find_velocity', 'conclude', 'carry_out', 'register']
 
 # %% ../../nbs/48_registration.register.ipynb #81bd1d90
 from collections.abc import Callable, Mapping, Sequence
@@ -16,10 +16,9 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 import pandas as pd
-import psutil
 import torch
 
-from ..files.labels import scheme_table
+from ..files.labels import SCHEMES, scheme_table
 from ..files.manifest import check_room
 from ..files.nifti import ImageLike
 from ..files.pairs import LandmarksLike, Pair, read_pair
@@ -28,6 +27,7 @@ from ..files.transforms import SpineTransform
 from ..losses.objective import FREE_TERMS, TERMS, Weights
 from ..losses.similarity import Similarity, similarity_of
 from .bones_first import bones_first, read_poses
+from .memory import check_memory, header_grid, levels_fault
 from .networks import Trained, load_network, predict
 from .optimise import Optimised, make_transform, optimise
 from .prealign import RigidStart, prealign_fault, rigid_start
@@ -53,6 +53,8 @@ from ..space.geometry import Grid
 # %% ../../nbs/48_registration.register.ipynb #438211ab
 def scheme_faults(name: str, scheme: str | Mapping) -> list[str]:
     "What is wrong with the numbering of a label map."
+    if not isinstance(scheme, (str, Mapping)):
+        return [f"{name}={scheme!r}: expected one of {', '.join(SCHEMES)}, or a dictionary from values to names, such as {{20: 'L1'}}"]
     try:
         scheme_table(scheme, InputFile(name, ""))
     except InputError as error:
@@ -109,7 +111,9 @@ class Inputs:
 
     def faults(self) -> list[str]:
         "What makes no sense; empty texts where nothing is wrong."
-        found = [one_of(name, getattr(self, name), ("auto", "ct", "mr")) for name in ("moving_modality", "fixed_modality")]
+        images = ("fixed", "stays"), ("moving", "is moved")
+        found = [f"{name}=None: expected the path of the image that {what}" for name, what in images if getattr(self, name) is None]
+        found += [one_of(name, getattr(self, name), ("auto", "ct", "mr")) for name in ("moving_modality", "fixed_modality")]
         found += [prealign_fault(self.prealign), in_range("spacing_mm", self.spacing_mm, 0.2, 5)]
         found += scheme_faults("moving_scheme", self.moving_scheme) + scheme_faults("fixed_scheme", self.fixed_scheme)
         return [*found, fault_of(choose_device, self.device)]
@@ -133,8 +137,8 @@ class Way(Inputs):
     "The method, and what is left to it to choose."
 
     method: str = "auto"  # one of METHODS; "auto" is "polyrigid" (bones first) with moving_labels, and "optimise" without
-    levels: tuple | list = (4, 2, 1)  # voxel sizes from coarse to fine, in multiples of spacing_mm
-    steps: tuple | list | None = None  # optimiser steps per level; None: (40, 40, 8) after "polyrigid" has found the bones, else (60, 60, 25)
+    levels: tuple | list | np.ndarray = (4, 2, 1)  # voxel sizes from coarse to fine, in multiples of spacing_mm
+    steps: tuple | list | np.ndarray | None = None  # optimiser steps per level; None: (40, 40, 8) with "polyrigid", else (60, 60, 25)
     weight_diffusion: float | None = None  # smoothness of the velocity; None: 12 beside the bones of "polyrigid", else 3
 
     def __post_init__(self):
@@ -149,7 +153,7 @@ class Way(Inputs):
         return self.method if self.method != "auto" else "optimise" if self.moving_labels is None else "polyrigid"
 
     @property
-    def schedule(self) -> tuple[tuple | list, tuple | list]:
+    def schedule(self) -> tuple[tuple | list | np.ndarray, tuple | list | np.ndarray]:
         "Levels, and the steps on them."
         return self.levels, self.steps if self.steps is not None else (40, 40, 8) if self.way == "polyrigid" else (60, 60, 25)
 
@@ -209,27 +213,6 @@ class RegisterSettings(Way):
             found.append(f"polish={self.polish!r}: expected 0, or method='network' before it")
         return [*super().faults(), self.labels_fault(), *found, *bone_faults(self), fault_of(read_poses, self.poses)]
 
-# %% ../../nbs/48_registration.register.ipynb #91900e0f
-def memory_gb(
-    pair: Pair,
-    spacing_mm: float,  # of the working grid
-) -> float:
-    "Memory that a registration takes, roughly."
-    box_mm3 = [np.prod(pair.fixed.grid.shape * pair.fixed.grid.spacing_mm)]
-    if pair.moving_labels is not None:
-        place = pair.moving_labels.data.nonzero()
-        extent = (place.amax(0) - place.amin(0) + 1).numpy() * pair.moving_labels.grid.spacing_mm
-        box_mm3.append(np.prod(extent + 2 * 20.0))
-    return float(0.8 + 0.55e-6 * min(box_mm3) / spacing_mm**3 + 24e-9 * (pair.fixed.data.numel() + pair.moving.data.numel()))
-
-
-def memory_warning(pair: Pair, spacing_mm: float, device: torch.device) -> list[str]:  # a line, or none
-    "What to say where the memory may not be enough."
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    if (needed := memory_gb(pair, spacing_mm)) > free / 1e9:
-        return [f"this may take {needed:.1f} GB, and {free / 1e9:.1f} GB are free; a larger spacing_mm needs less"]
-    return []
-
 # %% ../../nbs/48_registration.register.ipynb #ca57cd41
 class Prepared(NamedTuple):
     "A pair that is ready to be registered."
@@ -275,9 +258,10 @@ def prepare(
         torch.cuda.reset_peak_memory_stats(device)
     if inputs.out_dir is not None:
         check_room(inputs.out_dir, RESULT_FILES, vars(inputs).values())
-    pair = read_inputs(inputs, tell)
-    for line in memory_warning(pair, inputs.spacing_mm, device):
+    grids = header_grid(inputs.fixed), header_grid(inputs.moving)
+    for line in check_memory(inputs.caller, *grids, inputs.spacing_mm, inputs.moving_labels is not None, device):
         tell(line)
+    pair = read_inputs(inputs, tell)
     clock.lap("read")
     start = rigid_start(pair, inputs.prealign if rigid is None else rigid, inputs.seed)
     for notice in start.notices:
@@ -363,6 +347,9 @@ def carry_out(
     on_step: Callable[[Step], None] | None = None,  # called after every step of the optimiser
 ) -> Registration:
     "A registration from its settings to its result."
+    if settings.way in ("polyrigid", "optimise"):
+        grids = header_grid(settings.fixed), header_grid(settings.moving)
+        refuse("register", [levels_fault(settings.levels, settings.spacing_mm, *grids)])
     trained = load_network(settings.weights, choose_device(settings.device)) if settings.method == "network" else None
     prepared, notices = prepare(settings), ()
     if settings.way == "polyrigid":
@@ -404,8 +391,8 @@ def register(
     device: str | int | torch.device = "auto",  # "auto", "cpu", "cuda", or the number of a GPU
     seed: int = 0,  # of the pre-alignment search
     similarity: str | Similarity = "lncc",  # a name in SIMILARITIES, such as "lncc", "mind" or "lncc+mi"; or an object such as LNCC(radius=3)
-    levels: tuple | list = (4, 2, 1),  # voxel sizes from coarse to fine, in multiples of spacing_mm
-    steps: tuple | list | None = None,  # optimiser steps per level; None: (40, 40, 8) after "polyrigid" has found the bones, else (60, 60, 25)
+    levels: tuple | list | np.ndarray = (4, 2, 1),  # voxel sizes from coarse to fine, in multiples of spacing_mm
+    steps: tuple | list | np.ndarray | None = None,  # optimiser steps per level; None: (40, 40, 8) with "polyrigid", else (60, 60, 25)
     step_mm: float = 0.3,  # first step length of each level
     weight_diffusion: float | None = None,  # smoothness of the velocity; None: 12 beside the bones of "polyrigid", else 3
     weight_oc: float = 3.0,  # orthonormality of bone; 0.03 of it before the finest level
