@@ -71,6 +71,14 @@ def test_F3b_binary_mask_and_subregions(tmp_path, voxels):
     assert "totalspineseg" not in text
 
 
+def test_S5_one_value_for_all_vertebrae_is_refused(tmp_path, voxels):
+    """S5: TotalSegmentator's task `total_mr` calls every vertebra 19; under any scheme that is one vertebra in many parts."""
+    labels, affine = voxels["moving_labels"]
+    path = write(tmp_path, "total_mr", np.where(labels > 0, 19, 0).astype("uint8"), affine)
+    assert "T12: in parts that do not touch" in refused(moving_labels=path)
+    assert "C7: in parts that do not touch" in refused(moving_labels=path, moving_scheme="totalseg_mr")
+
+
 def test_F3c_labels_of_another_scheme_without_a_vertebra():
     assert "it holds no vertebra of the scheme 'totalseg_v2'" in refused(moving_scheme="totalseg_v2")
 

@@ -284,6 +284,13 @@ def test_e1_constraints_pin_every_requirement_within_its_bounds():
         assert need.specifier.contains(pins[canonicalize_name(need.name)], prereleases=True), str(need)
 
 
+def test_e1_every_week_all_checks_run_in_new_environments():
+    """E1: on three systems, with the pinned versions and with the newest that the bounds allow; a promise of the workflow, not of its last result."""
+    workflow = (ROOT / ".github/workflows/test.yml").read_text("utf-8")
+    for word in ("cron:", "ubuntu-latest", "macos-latest", "windows-latest", '"3.11"', "--constraint constraints.txt", 'pin: ""', "make test"):
+        assert word in workflow, word
+
+
 def test_shapes_in_signatures_are_checked_while_the_tests_run():
     """A shape that contradicts the signature must raise here; if not, .pytest.ini no longer switches the checks on."""
     with pytest.raises(TypeCheckError):

@@ -27,6 +27,7 @@ from spinereg.registration.apply import apply
 from spinereg.registration.optimise import optimise, parameter_grid
 from spinereg.registration.prealign import rigid_start
 from spinereg.registration.register import memory_warning, register
+from spinereg.registration.run import choose_device
 from spinereg.registration.scene import Scene, make_batch, make_scene, overlap_mask, working_grid
 from spinereg.space.geometry import Grid, transform_points
 from spinereg.space.images import label_centres_mm
@@ -440,6 +441,16 @@ def test_a_failed_registration_does_not_read_like_a_good_one(tmp_path):
     assert text.startswith("NOT TO BE TRUSTED") and "further apart" in text and "n_missing" in text
     gone = set(result.metrics.seen_percent) - set(result.vertebrae.index)
     assert gone and all(f"{name} (" in text for name in gone)
+
+
+def test_C15_auto_is_a_cuda_gpu_or_else_the_cpu(monkeypatch):
+    """C15: nothing has to be said on a machine without a GPU, and a GPU that is not there is refused in words."""
+    for there, expected in ((False, "cpu"), (True, "cuda")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert choose_device("auto").type == expected
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="sees no CUDA GPU here; use device='auto' or 'cpu'"):
+        choose_device("cuda")
 
 
 def test_numbers_of_numpy_are_settings_too(tmp_path):

@@ -374,11 +374,12 @@ def test_a_preset_is_parameters_of_fit_and_trains(quick, tmp_path):
 
 
 def test_fit_shows_every_setting_in_its_signature():
-    """Help, completion and the apps know names, types and defaults; what is unknown is refused."""
+    """Help, completion and the apps know names, types and defaults; what is unknown is refused. D11: no other process unless asked for."""
     shown = inspect.signature(fit).parameters
     assert list(shown) == [field.name for field in fields(Settings)] + ["resume", "on_step"]
     assert all(shown[field.name].annotation == field.type for field in fields(Settings))
     assert all(shown[field.name].default == field.default for field in fields(Settings) if field.default is not MISSING)
+    assert shown["workers"].default == 0
     with pytest.raises(TypeError, match="learning_rat"):
         fit("data", "out", learning_rat=1e-3)
 
