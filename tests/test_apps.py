@@ -34,7 +34,7 @@ def checked_twice(notebook):
 
 @pytest.mark.parametrize("path", APPS, ids=[path.stem for path in APPS])
 def test_app_runs_on_data_samples_and_leaves_a_small_notebook(path, tmp_path):
-    """D4: the executed notebook is at most 5 MB. What an app computes is the subject of the module tests."""
+    """D4, D9: the executed notebook is at most 5 MB. What an app computes is the subject of the module tests."""
     app, executed = tmp_path / path.name, tmp_path / "executed.ipynb"
     app.write_text(json.dumps(checked_twice(json.loads(path.read_text("utf-8")))), "utf-8")
     run(app, executed, out_dir=str(tmp_path / "out"), **QUICKER.get(path.stem, {}))

@@ -84,34 +84,34 @@ def case(tmp_path):
 # the bytes
 
 
-def test_missing_file_lists_what_is_there(case, tmp_path):
+def test_X1_missing_file_lists_what_is_there(case, tmp_path):
     case["moving"] = tmp_path / "cta.nii.gz"
     refused(lambda: read_pair(**case), "moving", "cta.nii.gz", "no such file", "ct.nii.gz", "mr.nii.gz", tmp_path)
 
 
-def test_missing_folder_lists_the_nearest_one(tmp_path):
+def test_X1_missing_folder_lists_the_nearest_one(tmp_path):
     save(tmp_path / "here.nii.gz", CT)
     refused(lambda: read_image(tmp_path / "no" / "such" / "ct.nii.gz", "fixed"), "fixed", "no such file", "here.nii.gz")
 
 
-def test_folder_instead_of_a_file(tmp_path):
+def test_X1_folder_instead_of_a_file(tmp_path):
     refused(lambda: read_image(tmp_path, "moving"), tmp_path, "folder", "dcm2niix")
 
 
-def test_empty_file(tmp_path):
+def test_X4_empty_file(tmp_path):
     (tmp_path / "ct.nii.gz").touch()
     refused(lambda: read_image(tmp_path / "ct.nii.gz", "moving"), "moving", "ct.nii.gz", "0 bytes", "again")
 
 
 @pytest.mark.parametrize("kept", [3, 400, 0.5, 0.95, -12, -8, -1])
 def test_truncated_gzip(tmp_path, kept):
-    "Wherever it is cut, the last bytes of the checksum included."
+    "X3: wherever it is cut, the last bytes of the checksum included."
     raw = Path(save(tmp_path / "whole.nii.gz", CT)).read_bytes()
     (tmp_path / "ct.nii.gz").write_bytes(raw[: int(kept * len(raw)) if isinstance(kept, float) else kept])
     refused(lambda: read_image(tmp_path / "ct.nii.gz", "moving"), "ct.nii.gz", "cut off or damaged", "again")
 
 
-def test_damaged_checksum(tmp_path):
+def test_X3_damaged_checksum(tmp_path):
     raw = bytearray(Path(save(tmp_path / "whole.nii.gz", CT)).read_bytes())
     raw[-6] ^= 0xFF
     (tmp_path / "ct.nii.gz").write_bytes(raw)
@@ -119,24 +119,24 @@ def test_damaged_checksum(tmp_path):
 
 
 @pytest.mark.parametrize("bytes_kept", [100, 352, 2000])
-def test_truncated_plain_nifti(tmp_path, bytes_kept):
+def test_X3_truncated_plain_nifti(tmp_path, bytes_kept):
     raw = Path(save(tmp_path / "whole.nii", CT)).read_bytes()
     (tmp_path / "ct.nii").write_bytes(raw[:bytes_kept])
     refused(lambda: read_image(tmp_path / "ct.nii", "moving"), "ct.nii", "cannot be read as NIfTI", "again")
 
 
-def test_plain_nifti_named_gz(tmp_path):
+def test_X4_plain_nifti_named_gz(tmp_path):
     (tmp_path / "ct.nii.gz").write_bytes(Path(save(tmp_path / "plain.nii", CT)).read_bytes())
     refused(lambda: read_image(tmp_path / "ct.nii.gz", "moving"), "ct.nii.gz", "not compressed", "Rename it to .nii")
 
 
-def test_gzip_named_nii_is_read(tmp_path):
+def test_X4_gzip_named_nii_is_read(tmp_path):
     (tmp_path / "ct.nii").write_bytes(Path(save(tmp_path / "whole.nii.gz", CT)).read_bytes())
     assert torch.equal(read_image(tmp_path / "ct.nii").data, read_image(tmp_path / "whole.nii.gz").data)
 
 
 @pytest.mark.parametrize("content", [b"text " * 200, gzip.compress(b"text " * 200, mtime=0), b"NRRD0004\n"], ids=["text", "gzipped text", "nrrd"])
-def test_no_nifti(tmp_path, content):
+def test_X4_no_nifti(tmp_path, content):
     (tmp_path / "ct.nii").write_bytes(content)
     refused(lambda: read_image(tmp_path / "ct.nii", "moving"), "ct.nii", "not a NIfTI", "dcm2niix")
 
@@ -144,29 +144,29 @@ def test_no_nifti(tmp_path, content):
 # the header
 
 
-def test_sform_and_qform_disagree(tmp_path):
+def test_X5_sform_and_qform_disagree(tmp_path):
     image = read_image(save(tmp_path / "ct.nii.gz", CT, qform=1, qform_affine=moved(y_mm=4)), "moving")
     assert "moving ct.nii.gz" in said(image)
     assert image.grid.same_as(read_image(save(tmp_path / "good.nii.gz", CT)).grid)
 
 
 def test_sform_and_qform_agree_within_a_tenth(tmp_path):
-    "Rounding of 1e-4 mm is no disagreement."
+    "X5: rounding of 1e-4 mm is no disagreement."
     assert not said(read_image(save(tmp_path / "ct.nii.gz", CT, qform=1, qform_affine=moved(y_mm=0.05))))
 
 
-def test_both_codes_zero(tmp_path):
+def test_X6_both_codes_zero(tmp_path):
     refused(lambda: read_image(save(tmp_path / "ct.nii.gz", CT, sform=0), "moving"), "ct.nii.gz", "no orientation", "set_sform")
 
 
-def test_qform_alone_is_enough(tmp_path):
+def test_X6_qform_alone_is_enough(tmp_path):
     image = read_image(save(tmp_path / "ct.nii.gz", CT, affine=np.zeros((4, 4)), sform=0, qform=1))
     assert not said(image)
     assert image.grid.same_as(read_image(save(tmp_path / "good.nii.gz", CT)).grid)
 
 
 @pytest.mark.parametrize("affine", [np.zeros((4, 4)), np.diag([1.0, 1, 0, 1]), np.diag([np.nan, 1, 1, 1])], ids=["zero", "flat", "nan"])
-def test_singular_sform(tmp_path, affine):
+def test_X7_singular_sform(tmp_path, affine):
     refused(lambda: read_image(save(tmp_path / "ct.nii.gz", CT, affine=affine), "moving"), "ct.nii.gz", "singular", "set_sform")
     image = read_image(save(tmp_path / "ct.nii.gz", CT, affine=affine, qform=1), "moving")
     assert "the qform is used" in said(image)
@@ -175,14 +175,14 @@ def test_singular_sform(tmp_path, affine):
 
 @pytest.mark.parametrize("size", [0.0, np.nan])
 def test_voxel_size_zero_or_nan(tmp_path, size):
-    "nibabel would mend zero to 1 mm without a word."
+    "X9: nibabel would mend zero to 1 mm without a word."
     raw = bytearray(Path(save(tmp_path / "ct.nii", CT, sform=0, qform=1)).read_bytes())
     raw[84:88] = np.float32(size).tobytes()
     (tmp_path / "ct.nii").write_bytes(raw)
     refused(lambda: read_image(tmp_path / "ct.nii", "moving"), "ct.nii", "qform with voxel sizes", "set_sform")
 
 
-def test_negative_voxel_size_is_a_direction(tmp_path):
+def test_X9_negative_voxel_size_is_a_direction(tmp_path):
     affine = SPACE @ np.diag([1, 1, -1, 1])
     assert read_image(save(tmp_path / "ct.nii.gz", CT, affine=affine)).grid.spacing_mm == pytest.approx([1.2, 1.2, 1.5])
 
@@ -196,11 +196,11 @@ def test_quaternion_that_is_none(tmp_path):
     assert read_image(tmp_path / "sform.nii").grid.same_as(read_image(save(tmp_path / "good.nii.gz", CT)).grid)
 
 
-def test_micrometres_in_the_header(tmp_path):
+def test_F17_micrometres_in_the_header(tmp_path):
     refused(lambda: read_image(save(tmp_path / "ct.nii.gz", CT, affine=SPACE @ np.diag([1e3, 1e3, 1e3, 1])), "moving"), "ct.nii.gz", "not in mm")
 
 
-def test_small_shear_is_straightened(tmp_path):
+def test_X8_small_shear_is_straightened(tmp_path):
     image = read_image(save(tmp_path / "ct.nii.gz", CT, affine=sheared(0.3)), "moving")
     assert "sheared by 0.30 degrees" in said(image)
     axes = image.grid.axes
@@ -209,7 +209,7 @@ def test_small_shear_is_straightened(tmp_path):
 
 
 def test_large_shear_is_resampled(tmp_path):
-    "A ramp along the world's y is the same ramp on the new, orthonormal grid."
+    "X8: a ramp along the world's y is the same ramp on the new, orthonormal grid."
     index = np.indices(SHAPE).reshape(3, -1)
     y_mm = (sheared(12) @ np.vstack([index, np.ones(index.shape[1])]))[1].reshape(SHAPE)
     image = read_image(save(tmp_path / "ct.nii.gz", y_mm.astype("float32"), affine=sheared(12)), "moving")
@@ -230,18 +230,18 @@ def test_large_shear_is_resampled(tmp_path):
 # the array
 
 
-def test_singleton_axis_is_squeezed(tmp_path):
+def test_X11_singleton_axis_is_squeezed(tmp_path):
     image = read_image(save(tmp_path / "ct.nii.gz", CT[..., None, None]), "moving")
     assert "moving ct.nii.gz: shape" in said(image)
     assert torch.equal(image.data, read_image(save(tmp_path / "good.nii.gz", CT)).data)
 
 
-def test_series_asks_which_volume(tmp_path):
+def test_X11_series_asks_which_volume(tmp_path):
     refused(lambda: read_image(save(tmp_path / "dwi.nii.gz", np.stack([CT] * 3, -1)), "fixed"), "dwi.nii.gz", "3 volumes", "Which one")
 
 
 @pytest.mark.parametrize("array", [CT[:, :, 5], CT[:, :, 5:6], CT[:, :, :7]], ids=["2-D", "one slice", "seven slices"])
-def test_flat_array(tmp_path, array):
+def test_X12_flat_array(tmp_path, array):
     refused(lambda: read_image(save(tmp_path / "ct.nii.gz", array), "fixed"), "ct.nii.gz", "is no volume", "at least 8")
 
 
@@ -259,7 +259,7 @@ def test_voxels_that_are_not_numbers(tmp_path, dtype):
 # the values
 
 
-def test_few_nan_are_replaced(tmp_path):
+def test_X13_few_nan_are_replaced(tmp_path):
     array = CT.astype("float32")
     array[10, 10, 10:14] = [np.nan, np.inf, -np.inf, np.nan]
     image = read_image(save(tmp_path / "ct.nii.gz", array), "moving")
@@ -269,7 +269,7 @@ def test_few_nan_are_replaced(tmp_path):
     assert np.array_equal(image.data.numpy(), expected)
 
 
-def test_nan_around_the_scan_is_background(tmp_path):
+def test_X13_nan_around_the_scan_is_background(tmp_path):
     array = CT.astype("float32")
     array[:5] = np.nan
     image = read_image(save(tmp_path / "ct.nii.gz", array), "moving")
@@ -278,17 +278,17 @@ def test_nan_around_the_scan_is_background(tmp_path):
 
 
 @pytest.mark.parametrize("part", [np.s_[5:15, 5:15, 5:10], np.s_[:12], np.s_[:]], ids=["inside", "more than half", "all"])
-def test_many_nan_are_refused(tmp_path, part):
+def test_X13_many_nan_are_refused(tmp_path, part):
     array = CT.astype("float32")
     array[part] = np.nan
     refused(lambda: read_image(save(tmp_path / "ct.nii.gz", array), "moving"), "ct.nii.gz", "NaN or infinite", "background")
 
 
-def test_constant_image(tmp_path):
+def test_X14_constant_image(tmp_path):
     refused(lambda: read_image(save(tmp_path / "ct.nii.gz", np.full(SHAPE, 7, "int16")), "moving"), "ct.nii.gz", "every voxel is 7", "again")
 
 
-def test_C8_ct_in_wrong_units_is_noticed(case, tmp_path):
+def test_C8_X18_ct_in_wrong_units_is_noticed(case, tmp_path):
     case["moving"] = save(tmp_path / "offset.nii.gz", CT + 1024)
     assert "moving offset.nii.gz: a CT in HU" in said(read_pair(**case, moving_modality="ct"))
     assert not said(read_pair(**case | {"moving": tmp_path / "ct.nii.gz"}, moving_modality="ct", fixed_modality="mr"))
@@ -301,25 +301,25 @@ def test_unknown_modality(case):
 # labels
 
 
-def test_mask_within_a_hundredth_is_the_same(case, tmp_path):
+def test_X10_mask_within_a_hundredth_is_the_same(case, tmp_path):
     case["moving_labels"] = save(tmp_path / "mask.nii.gz", BLOCKS, affine=moved(0.005, 0.005))
     assert "another grid" not in said(read_pair(**case))
 
 
-def test_mask_with_a_rounded_header(case, tmp_path):
+def test_X10_mask_with_a_rounded_header(case, tmp_path):
     case["moving_labels"] = save(tmp_path / "mask.nii.gz", BLOCKS, affine=moved(0.2))
     labels = read_pair(**case).moving_labels
     assert "another grid" in said(labels)
     assert np.array_equal(labels.data.numpy() > 0, BLOCKS[::-1, ::-1] > 0)
 
 
-def test_mask_of_same_shape_elsewhere(case, tmp_path):
+def test_X10_mask_of_same_shape_elsewhere(case, tmp_path):
     case["moving_labels"] = save(tmp_path / "mask.nii.gz", BLOCKS, affine=moved(0, 3))
     refused(lambda: read_pair(**case), "moving_labels", "mask.nii.gz", "3.0 mm away", "ct.nii.gz", "copy the image's affine")
 
 
 def test_mask_on_a_coarser_grid(case, tmp_path):
-    "Nearest-neighbour resampling, against an index computed by hand."
+    "X10: nearest-neighbour resampling, against an index computed by hand."
     coarse = BLOCKS[::2, ::2, ::2]
     case["moving_labels"] = save(tmp_path / "mask.nii.gz", coarse, affine=SPACE @ np.diag([2, 2, 2, 1]))
     labels = read_pair(**case).moving_labels
@@ -328,7 +328,7 @@ def test_mask_on_a_coarser_grid(case, tmp_path):
     assert np.array_equal(np.array([0, *labels.values])[even], coarse)
 
 
-def test_mask_that_covers_more_than_the_image(case, tmp_path):
+def test_X10_mask_that_covers_more_than_the_image(case, tmp_path):
     larger = np.pad(BLOCKS, 5)
     affine = SPACE.copy()
     affine[:3, 3] -= SPACE[:3, :3] @ [5, 5, 5]
@@ -337,18 +337,18 @@ def test_mask_that_covers_more_than_the_image(case, tmp_path):
     assert np.array_equal(np.array([0, *labels.values])[labels.data.numpy()], BLOCKS[::-1, ::-1])
 
 
-def test_mask_of_another_place(case, tmp_path):
+def test_X10_mask_of_another_place(case, tmp_path):
     case["moving_labels"] = save(tmp_path / "mask.nii.gz", BLOCKS[:15], affine=moved(0, 500))
     refused(lambda: read_pair(**case), "moving_labels", "mask.nii.gz", "no label lies inside", "of this image")
 
 
 @pytest.mark.parametrize(("array", "scheme"), [(BLOCKS * 0, "verse"), (np.minimum(BLOCKS, 5), "totalseg_v2")], ids=["all zero", "organs only"])
-def test_F3c_labels_without_a_vertebra(case, tmp_path, array, scheme):
+def test_F3c_X15_labels_without_a_vertebra(case, tmp_path, array, scheme):
     case["moving_labels"] = save(tmp_path / "mask.nii.gz", array)
     refused(lambda: read_pair(**case, moving_scheme=scheme), "moving_labels", "mask.nii.gz", "it holds no vertebra", scheme, "give no labels")
 
 
-def test_B6_float_labels_near_integers_are_rounded(case, tmp_path):
+def test_B6_X16_float_labels_near_integers_are_rounded(case, tmp_path):
     case["moving_labels"] = save(tmp_path / "mask.nii.gz", BLOCKS * np.float32(1.0005))
     labels = read_pair(**case).moving_labels
     assert "rounded" in said(labels)
@@ -356,7 +356,7 @@ def test_B6_float_labels_near_integers_are_rounded(case, tmp_path):
 
 
 def test_B6_labels_through_a_scale_factor(case, tmp_path):
-    "Saved as uint8 with a slope, 20 comes back as something like 20.01."
+    "X16: saved as uint8 with a slope, 20 comes back as something like 20.01."
     image = nib.Nifti1Image(BLOCKS.astype("float32"), SPACE)
     image.set_data_dtype("uint8")
     nib.save(image, tmp_path / "mask.nii.gz")
@@ -365,7 +365,7 @@ def test_B6_labels_through_a_scale_factor(case, tmp_path):
     assert read_pair(**case).moving_labels.values == (20, 21, 22)
 
 
-def test_B6_interpolated_labels(case, tmp_path):
+def test_B6_X16_interpolated_labels(case, tmp_path):
     soft = BLOCKS.astype("float32")
     soft[6] = 10.4
     case["moving_labels"] = save(tmp_path / "mask.nii.gz", soft)
@@ -373,17 +373,17 @@ def test_B6_interpolated_labels(case, tmp_path):
 
 
 @pytest.mark.parametrize("array", [BLOCKS.astype("int16") - 1, BLOCKS.astype("int32") * 9999], ids=["negative", "huge"])
-def test_values_that_are_no_labels(case, tmp_path, array):
+def test_X16_values_that_are_no_labels(case, tmp_path, array):
     case["moving_labels"] = save(tmp_path / "mask.nii.gz", array)
     refused(lambda: read_pair(**case), "mask.nii.gz", "values run from", "not an image")
 
 
-def test_B1_unknown_values(case, tmp_path):
+def test_B1_X17_unknown_values(case, tmp_path):
     case["moving_labels"] = save(tmp_path / "mask.nii.gz", np.where(BLOCKS == 20, 99, BLOCKS).astype("uint8"))
     refused(lambda: read_pair(**case), "mask.nii.gz", f"99 ({(BLOCKS == 20).sum()} voxels)", "totalseg_v2")
 
 
-def test_B1_schemes_that_cannot_be_used(case):
+def test_B1_X17_schemes_that_cannot_be_used(case):
     refused(lambda: read_pair(**case, moving_scheme="versee"), "ct_mask.nii.gz", "versee", "totalseg_mr")
     refused(lambda: read_pair(**case, moving_scheme="spider"), "ct_mask.nii.gz", "spider:L5")
     assert read_pair(**case, moving_scheme={20: "L2", 21: "L3", 22: None}).moving_labels.names == ("L2", "L3")
@@ -431,7 +431,7 @@ def test_landmarks_missing(case, tmp_path):
 # all together
 
 
-def test_all_problems_come_in_one_list(case, tmp_path):
+def test_X23_all_problems_come_in_one_list(case, tmp_path):
     (tmp_path / "empty.nii.gz").touch()
     (tmp_path / "points.csv").write_text("a,b\n1,2\n")
     case |= {"fixed": tmp_path / "lost.nii.gz", "moving": tmp_path / "empty.nii.gz"}
@@ -445,14 +445,14 @@ def test_all_problems_come_in_one_list(case, tmp_path):
     assert [line[0] for line in text.splitlines()[1:]] == list("12345")
 
 
-def test_good_pair_is_read_without_a_complaint(case):
+def test_B1_good_pair_is_read_without_a_complaint(case):
     pair = read_pair(**case)
     assert (pair.fixed_modality, pair.moving_modality) == ("mr", "ct")
     assert ["taken for" in notice.text for notice in pair.notices] == [True, True]
     assert pair.moving_labels.table() == "20 = L1, 21 = L2, 22 = L3"
 
 
-def test_an_error_tells_what_was_noticed_about_the_other_files(case, tmp_path):
+def test_X23_an_error_tells_what_was_noticed_about_the_other_files(case, tmp_path):
     case |= {"moving": save(tmp_path / "one.nii.gz", CT[..., None]), "landmarks": tmp_path / "nowhere.csv"}
     with pytest.raises(InputError) as caught:
         read_pair(**case)
@@ -462,7 +462,7 @@ def test_an_error_tells_what_was_noticed_about_the_other_files(case, tmp_path):
     assert "moving ct.nii.gz: shape" in said(caught.value)
 
 
-def test_nothing_is_written_beside_the_inputs(case, tmp_path):
+def test_X22_nothing_is_written_beside_the_inputs(case, tmp_path):
     before = {name: os.stat(tmp_path / name).st_mtime_ns for name in os.listdir(tmp_path)}
     read_pair(**case)
     assert before == {name: os.stat(tmp_path / name).st_mtime_ns for name in os.listdir(tmp_path)}

@@ -247,7 +247,7 @@ def test_d1_what_papermill_and_nbconvert_leave_is_seen(lab):
 
 
 def test_no_request_leaves_this_machine(lab):
-    """The block that all tests here rely on: pages, pictures and sockets outside 127.0.0.1 fail and are noticed."""
+    """D2: the block that all tests here rely on: pages, pictures and sockets outside 127.0.0.1 fail and are noticed."""
     lab.page.goto(lab.server.url())
     asks = "url => fetch(url, {mode: 'no-cors'}).then(() => 'answered', () => 'refused')"
     assert lab.page.evaluate(asks, "https://example.org/a.js") == "refused"

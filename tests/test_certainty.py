@@ -76,7 +76,7 @@ def test_what_is_said_turns_with_the_world(pair, truth):
 
 
 def test_a_vertebra_that_is_five_millimetres_off_is_doubted_and_true_ones_are_not(pair, truth):
-    """Each of four inner vertebrae in turn, 5 mm off along one axis: it is doubted; and there is no doubt where all are right."""
+    """C13: each of four inner vertebrae in turn, 5 mm off along one axis: it is doubted; and there is no doubt where all are right."""
     whole = ("T12", "L1", "L2", "L3", "L4", "L5")
     motions = {name: truth[name] for name in whole}
     assert (judge_bones(pair, motions, CPU).table.doubt == "").all()

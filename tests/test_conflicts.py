@@ -62,13 +62,21 @@ def test_F3b_label_map_as_image():
     assert "are those of a label map" in refused(moving=GOOD["moving_labels"])
 
 
-def test_F3b_binary_mask_and_subregions(tmp_path, voxels):
+def test_F3b_S10_binary_mask_and_subregions(tmp_path, voxels):
     labels, affine = voxels["moving_labels"]
     assert "C1: in parts that do not touch" in refused(moving_labels=write(tmp_path, "binary", (labels > 0).astype("uint8"), affine))
     parts = np.where(labels > 0, 41 + np.indices(labels.shape)[0] % 10, 0).astype("uint8")
     text = refused(moving_labels=write(tmp_path, "parts", parts, affine))
     assert "parts of vertebrae" in text
     assert "totalspineseg" not in text
+
+
+def test_S5_one_value_for_all_vertebrae_is_refused(tmp_path, voxels):
+    """S5: TotalSegmentator's task `total_mr` calls every vertebra 19; under any scheme that is one vertebra in many parts."""
+    labels, affine = voxels["moving_labels"]
+    path = write(tmp_path, "total_mr", np.where(labels > 0, 19, 0).astype("uint8"), affine)
+    assert "T12: in parts that do not touch" in refused(moving_labels=path)
+    assert "C7: in parts that do not touch" in refused(moving_labels=path, moving_scheme="totalseg_mr")
 
 
 def test_F3c_labels_of_another_scheme_without_a_vertebra():
@@ -130,13 +138,13 @@ def test_F6_decimal_commas(tmp_path):
     assert "Write decimal points" in refused(landmarks=tmp_path / "points.csv")
 
 
-def test_mr_with_negative_values_beside_a_ct_is_an_mr(tmp_path, voxels):
+def test_C8_mr_with_negative_values_beside_a_ct_is_an_mr(tmp_path, voxels):
     image, affine = voxels["fixed"]
     shifted = image.astype("float32") - 300
     assert read_pair(**GOOD | {"fixed": write(tmp_path, "mr", shifted, affine)}).fixed_modality == "mr"
 
 
-def test_labels_that_run_upwards_are_a_doubt(tmp_path, voxels):
+def test_B2_labels_that_run_upwards_are_a_doubt(tmp_path, voxels):
     labels, affine = voxels["moving_labels"]
     there = np.unique(labels)[1:]
     turned = np.zeros_like(labels)

@@ -93,7 +93,7 @@ def quick_check(monkeypatch):
 # finding and checking
 
 
-def test_empty_split_says_what_was_looked_for_and_what_is_there(tmp_path, quick_check):
+def test_x2_empty_split_says_what_was_looked_for_and_what_is_there(tmp_path, quick_check):
     draw(tmp_path / "train" / "a")
     for name in ("notes", "old", "readme"):
         (tmp_path / "val" / name).mkdir(parents=True) if name != "readme" else (tmp_path / "val" / name).touch()
@@ -106,14 +106,14 @@ def test_empty_split_says_what_was_looked_for_and_what_is_there(tmp_path, quick_
     assert "train, val and test" in test[4]
 
 
-def test_wrong_folder_lists_the_nearest_one(tmp_path):
+def test_x1_wrong_folder_lists_the_nearest_one(tmp_path):
     (tmp_path / "data").mkdir()
     cases, (finding,) = find_cases(tmp_path / "daat", "train")
     assert not cases
     assert f"{tmp_path} holds 1 entries: data" in finding.reason
 
 
-def test_cases_are_paired_by_their_folder_and_what_is_unpaired_is_listed(tmp_path):
+def test_x20_cases_are_paired_by_their_folder_and_what_is_unpaired_is_listed(tmp_path):
     for name, lacks in (("a", "mr_t1"), ("b", "ct"), ("c", None)):
         draw(tmp_path / "train" / name)
         if lacks:
@@ -140,7 +140,7 @@ def test_the_fixed_image_may_be_called_mr_as_half_real_cases_call_it(tmp_path):
     assert Path(case.fixed).name == "mr_t1.nii.gz" and finding.file == "mr.nii.gz" and "mr_t1.nii.gz too" in finding.reason
 
 
-def test_plain_nii_is_as_good_and_names_that_are_not_known_are_mentioned(tmp_path):
+def test_x2_plain_nii_is_as_good_and_names_that_are_not_known_are_mentioned(tmp_path):
     draw(tmp_path / "train" / "a", ending=".nii")
     assert QUICK(case_of(tmp_path / "train" / "a"))["labels"].any()
     save(tmp_path / "train" / "a" / "ct.nii.gz", np.zeros((8, 8, 8), "uint8"), np.eye(4))
@@ -152,7 +152,7 @@ def test_plain_nii_is_as_good_and_names_that_are_not_known_are_mentioned(tmp_pat
 
 
 def test_check_reads_every_voxel_and_lists_every_problem_of_every_case(tmp_path, quick_check):
-    """Truncated file, unknown label value, both at once, one level off; the good cases stay good."""
+    """X3, X23: truncated file, unknown label value, both at once, one level off; the good cases stay good."""
     for seed, name in enumerate(("cut", "both", "good", "level", "value")):
         draw(tmp_path / "train" / name, seed)
     for name, file in (("cut", "ct.nii.gz"), ("both", "mr_t1.nii.gz")):
@@ -197,7 +197,7 @@ def test_b2_one_level_off_the_other_way_and_never_for_a_good_pair(tmp_path, item
 
 
 def test_names_and_images_may_occur_once_however_they_are_saved(tmp_path, quick_check):
-    """A person in two splits is found by name, and by voxels though type, compression and axis order differ."""
+    """X19: a person in two splits is found by name, and by voxels though type, compression and axis order differ."""
     draw(tmp_path / "train" / "a", seed=1)
     draw(tmp_path / "train" / "b", seed=2)
     draw(tmp_path / "val" / "a", seed=3)
@@ -270,7 +270,7 @@ def test_b3_t13_and_l6_are_vertebrae_in_their_place(item):
 
 
 def test_b2_b3_vertebrae_that_take_no_part_are_listed_with_the_reason(tmp_path):
-    """Cut by either image, outside the fixed one, too small, in one image only: all named, and gone from both maps."""
+    """X15: cut by either image, outside the fixed one, too small, in one image only: all named, and gone from both maps."""
     short_mr = MR.copy()
     short_mr[2, 3] = 58  # ends within T12 at the top, and within L6 at the bottom
     spine = SPINE | {"T11": 72.5}

@@ -113,7 +113,7 @@ def test_what_happens_to_the_child_is_an_error_here(tmp_path, does, limit_s, sai
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a child whose parent is gone")
 @pytest.mark.parametrize("how", ["kill", "terminate"])
 def test_child_ends_with_a_parent_that_is_killed(tmp_path, how):
-    """Nothing may go on computing for minutes when the process that waits for it is gone: here another `itk` writes down who it is, and hangs.
+    """D-kill: nothing may go on computing when the process that waits for it is gone: here another `itk` writes down who it is, and hangs.
 
     Where the parent is told to end (SIGTERM), it does not leave that to Linux, so the child may ask Linux not to end it.
     """

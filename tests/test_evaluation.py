@@ -31,7 +31,7 @@ def evaluated(cases):
 
 
 def test_every_figure_of_the_result_files_is_in_the_tables(evaluated):
-    """Per case and per vertebra, in memory and as CSV; pre-alignment alone is perfectly rigid and folds nowhere."""
+    """C5, C13: per case and per vertebra, in memory and as CSV; pre-alignment alone is perfectly rigid and folds nowhere."""
     out, (rows, vertebrae, summary) = evaluated
     assert set(rows.case) == {"easy_0", "clinical_0"} and set(rows.run) == {"rigid"}
     wanted = ["dice", "hd95_mm", "assd_mm", "n_missing", "rigid_dice", "residual_rms_mean_mm", "volume_change_max_percent", "tre_bone_p95_mm"]
@@ -98,7 +98,7 @@ def test_interval_agrees_with_the_normal_one_for_many_values():
 
 
 def test_runs_are_compared_case_by_case():
-    """Cases differ far more than the runs do; the paired difference sees the runs all the same."""
+    """C5: cases differ far more than the runs do; the paired difference sees the runs all the same."""
     hard = np.random.default_rng(0).normal(10, 5, 8)
     gains = np.array([0.4, 0.5, 0.6, 0.5, 0.45, 0.55, 0.5, 0.5])
     rows = pd.DataFrame({"run": ["a"] * 8 + ["b"] * 8, "case": list("stuvwxyz") * 2, "tre": np.r_[hard, hard - gains]})

@@ -26,6 +26,7 @@ MASK = InputFile("labels", "mask.nii.gz")
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_B1_published_values(scheme):
+    "B1; S1, S2, S3, S4, S6, S7, S8, S10: names of the first and last of each part of the spine, and what is no vertebra."
     assert {value: SCHEMES[scheme][value] for value in PUBLISHED[scheme]} == PUBLISHED[scheme]
     assert set(DROPPED[scheme]) <= OTHER[scheme]
     assert not OTHER[scheme] & set(SCHEMES[scheme])
@@ -34,7 +35,7 @@ def test_B1_published_values(scheme):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_B1_whole_scheme(scheme):
-    "Every cervical, thoracic and lumbar vertebra once; only a sacrum may have two values."
+    "S1, S2, S3, S4, S6, S7, S10: every cervical, thoracic and lumbar vertebra once; only a sacrum may have two values."
     names = list(SCHEMES[scheme].values())
     ordinary = [name for name in VERTEBRAE if name not in ("T13", "L6", "S")]
     assert set(names) <= set(VERTEBRAE)
@@ -73,7 +74,7 @@ def test_B1_values_no_scheme_knows():
         vertebra_values({5000: 3}, "verse", MASK)
 
 
-def test_B1_table_dropped_count_and_two_values_of_one_bone():
+def test_B1_S3_table_dropped_count_and_two_values_of_one_bone():
     mask = InputFile("moving_labels", "mask.nii.gz")
     named = vertebra_values({31: 10, 32: 20, 79: 30, 5: 40, 25: 9, 26: 8}, "totalseg_v2", mask)
     assert named == {32: "T12", 31: "L1", 25: "S", 26: "S"}
@@ -107,7 +108,7 @@ def test_B1_unknown_scheme_names_the_choices():
 
 
 def test_B1_spider_needs_a_level():
-    "B1: SPIDER counts from the lowest vertebra up, its file has no absolute level."
+    "B1, S9: SPIDER counts from the lowest vertebra up, its file has no absolute level."
     with pytest.raises(InputError, match="spider:L5"):
         scheme_table("spider", MASK)
     assert [scheme_table("spider:L5", MASK)[0][value] for value in (1, 5, 6, 17, 18, 24)] == ["L5", "L1", "T12", "T1", "C7", "C1"]

@@ -182,7 +182,7 @@ def test_d_kill_leavings_of_a_living_run_are_left_alone(tmp_path):
 
 
 def test_two_results_at_once_are_never_mixed(tmp_path):
-    """D-manifest: the last one wins, with all of its files; who reads meanwhile gets one result, or an error."""
+    """D-manifest, F16: the last one wins, with all of its files; who reads meanwhile gets one result, or an error."""
     begin, failed = threading.Barrier(4), []
     write_text(tmp_path, "0")
 

@@ -146,7 +146,7 @@ def test_C9_ndv_over_a_mask():
     assert diffeomorphism(disp, GRID, ~mask).ndv_percent > 50
 
 
-def test_round_trip_of_shifts_and_of_a_flow():
+def test_A10_round_trip_of_shifts_and_of_a_flow():
     shift = torch.tensor([2.0, -3, 4])[None, :, None, None, None].expand(1, 3, *GRID.shape)
     back = -shift + torch.tensor([0.3, 0, 0.4])[None, :, None, None, None]
     assert np.allclose(round_trip(shift, back, GRID), 0.5, atol=1e-5)

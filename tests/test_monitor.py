@@ -229,7 +229,7 @@ def test_dice_before_is_measured_once_and_not_on_the_grid_of_every_level():
 
 
 def test_drawing_keeps_to_its_fraction(monkeypatch):
-    """On a clock of our own: in a run of 1000 s, drawings of 1 and looks of 5 s take 3 % at most, and happen."""
+    """D3: on a clock of our own: in a run of 1000 s, drawings of 1 and looks of 5 s take 3 % at most, and happen."""
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     budgets, done = {5.0: Budget(0.015, cost=5.0), 1.0: Budget(0.015, cost=1.0)}, {5.0: 0, 1.0: 0}

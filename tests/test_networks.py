@@ -98,7 +98,7 @@ def test_c10_padding_is_that_of_repeated_border_voxels_and_is_cropped_away(full)
     assert torch.allclose(got, wanted[:, :, :i, :j, :k], atol=1e-6)
 
 
-def test_a6_too_few_voxels_are_refused_with_their_number():
+def test_a6_x12_too_few_voxels_are_refused_with_their_number():
     with pytest.raises(ValueError, match=r"\(7, 20, 20\).*at least 8"):
         awake()(*pair(7, 20, 20))
 

@@ -118,7 +118,7 @@ def test_A14_both_affines_stay_even_when_they_differ(tmp_path, sform, qform):
     assert (after["sform_code"], after["qform_code"]) == (sform, qform)
 
 
-def test_A14_sheared_file_is_written_on_its_own_grid(tmp_path):
+def test_A14_X8_sheared_file_is_written_on_its_own_grid(tmp_path):
     sheared = oblique()
     sheared[:3, 2] += 0.2 * sheared[:3, 1]
     path = image_path(tmp_path, image_of(affine=sheared, qform=0))
@@ -181,7 +181,7 @@ def test_data_of_another_grid_is_refused(tmp_path):
         write_image(tmp_path / "out.nii.gz", torch.zeros(9, 10, 11), native)
 
 
-def test_path_with_spaces_and_letters_of_all_kinds(tmp_path):
+def test_X22_path_with_spaces_and_letters_of_all_kinds(tmp_path):
     folder = tmp_path / "Wirbelsäule – 脊椎 (1)"
     folder.mkdir()
     data, native = read_nifti(image_path(folder, image_of()))
@@ -189,7 +189,7 @@ def test_path_with_spaces_and_letters_of_all_kinds(tmp_path):
     assert np.array_equal(read_nifti(path)[0], data)
 
 
-def test_read_only_input_folder(tmp_path):
+def test_X22_read_only_input_folder(tmp_path):
     folder = tmp_path / "inputs"
     folder.mkdir()
     path = image_path(folder, image_of())

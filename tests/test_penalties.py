@@ -350,7 +350,7 @@ def test_batch_of_two_is_two_batches_of_one_and_no_bone_is_free():
         assert grad[2].abs().max() == 0
 
 
-def test_no_bone_at_all():
+def test_C1_no_bone_at_all():
     grid = make_grid(ISO)
     disp = torch.randn(2, 3, *grid.shape, requires_grad=True)
     for value in penalties(disp, grid, torch.zeros(2, *grid.shape, dtype=torch.long)).values():

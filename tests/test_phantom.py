@@ -231,7 +231,7 @@ def test_images_look_like_ct_and_mr():
 
 
 def test_same_seed_same_voxels_bit_for_bit():
-    "A part of a case drawn twice, noise included, and two seeds that differ."
+    "C6: a part of a case drawn twice, noise included, and two seeds that differ."
     truth, ct_grid, mr_grid, _ = draw_truth("clinical", 7)
     again, _, mr_again, _ = draw_truth("clinical", 7)
     assert np.array_equal(truth.poses, again.poses) and np.array_equal(mr_grid.affine, mr_again.affine)
@@ -307,7 +307,7 @@ def test_a_data_set_refuses_a_case_it_cannot_draw(tmp_path, name):
 
 
 @pytest.mark.parametrize("case", ["test/easy_0", "test/clinical_0", "val/easy_5", "train/easy_6", "train/easy_7", "train/clinical_6"])
-def test_data_samples_are_complete(case, request):
+def test_c6_data_samples_are_complete(case, request):
     folder = request.config.rootpath / "data_samples" / case
     names = {"ct.nii.gz", "ct_mask.nii.gz", "mr_t1.nii.gz", "mr_mask.nii.gz", "truth.json", "landmarks.csv"}
     assert {file.name for file in folder.iterdir()} == names

@@ -48,7 +48,7 @@ def images(pair):
 
 
 def test_every_vertebra_of_the_sample_is_found_to_a_fraction_of_a_millimetre(pair):
-    """Oblique thick slices; the true motions are those that the case was made with."""
+    """C7: oblique thick slices; the true motions are those that the case was made with."""
     names = pair.moving_labels.names
     truth = {row["name"]: np.array(row["matrix"]) for row in json.loads((SAMPLES / "clinical_0/truth.json").read_text())["vertebrae"]}
     start = rigid_start(pair, "search").rigid
@@ -101,7 +101,7 @@ def test_what_a_joint_costs_does_not_depend_on_where_both_went():
     assert torch.allclose(torch.cat(costs), joint_cost(torch.eye(4)[None].double(), D, joint).expand(5))
 
 
-def test_a_map_with_bones_first_is_rigid_in_them_and_needs_labels(tmp_path):
+def test_b5_c7_a_map_with_bones_first_is_rigid_in_them_and_needs_labels(tmp_path):
     folder = SAMPLES / "easy_0"
     files = {"fixed": folder / "mr_t1.nii.gz", "moving": folder / "ct.nii.gz", "landmarks": folder / "landmarks.csv"}
     quick = {"method": "polyrigid", "spacing_mm": 2.0, "levels": (2,), "steps": (20,), "device": "cpu"}

@@ -106,7 +106,7 @@ def test_d8_notebooks_are_exported_and_clean(tmp_path):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
 def test_d10_notebook_carries_outputs_of_a_fresh_run_and_is_small(path):
-    """D4, D10: outputs are stored, none is an error, no execution count, at most 1 MB."""
+    """D4, D10, D9: outputs are stored, none is an error, no execution count, at most 1 MB."""
     code = cells(path)
     outputs = [output for cell in code for output in cell["outputs"]]
     assert outputs or not code, "run `make notebooks`"
@@ -140,7 +140,7 @@ def test_what_counts_as_a_stale_output(stored, fresh, same):
 
 @pytest.mark.skipif(not as_stored(), reason="stored outputs are of Linux and the versions of constraints.txt")
 def test_a_stale_output_is_found_and_shown(tmp_path):
-    """Notebook, cell, stored and fresh text; a cell that says why its output varies is left out."""
+    """D10: notebook, cell, stored and fresh text; a cell that says why its output varies is left out."""
     (tmp_path / "nbs").mkdir()
     shutil.copy(ROOT / "settings.ini", tmp_path)
     output = {"output_type": "stream", "name": "stdout", "text": ["3 apps\n"]}
@@ -284,6 +284,13 @@ def test_e1_constraints_pin_every_requirement_within_its_bounds():
         assert need.specifier.contains(pins[canonicalize_name(need.name)], prereleases=True), str(need)
 
 
+def test_e1_every_week_all_checks_run_in_new_environments():
+    """E1: on three systems, with the pinned versions and with the newest that the bounds allow; a promise of the workflow, not of its last result."""
+    workflow = (ROOT / ".github/workflows/test.yml").read_text("utf-8")
+    for word in ("cron:", "ubuntu-latest", "macos-latest", "windows-latest", '"3.11"', "--constraint constraints.txt", 'pin: ""', "make test"):
+        assert word in workflow, word
+
+
 def test_shapes_in_signatures_are_checked_while_the_tests_run():
     """A shape that contradicts the signature must raise here; if not, .pytest.ini no longer switches the checks on."""
     with pytest.raises(TypeCheckError):
@@ -332,7 +339,7 @@ def test_wheel_carries_modules_and_apps_and_needs_no_tools(site, metadata):
 
 
 def test_every_extra_that_is_offered_can_be_installed(metadata):
-    """What README, an app or an error message says after `pip install` is an extra of the built package, with all its requirements."""
+    """E2: what README, an app or an error message says after `pip install` is an extra of the built package, with all its requirements."""
     texts = [path.read_text("utf-8") for path in (ROOT / "README.md", ROOT / "Makefile", *MODULES, *NOTEBOOKS)]
     offered = set(re.findall(r"(?:spinereg|\.)\[(\w+)\]\\?[\"']", "".join(texts)))
     assert {"dev", "elastix", "itkwidgets", "viewers"} <= offered <= set(metadata.get_all("Provides-Extra"))
@@ -356,7 +363,7 @@ def test_readme_points_at_files_that_exist_and_commands_that_are_there():
 
 
 def test_readme_and_makefile_name_only_parameters_that_an_app_has():
-    """D6: a parameter in a documented command line is one that an app knows, where the line names the app, that one."""
+    """D6, E3: a parameter in a documented command line is one that an app knows, where the line names the app, that one."""
     tagged = {app.stem: [source(cell) for cell in cells(app) if "parameters" in cell["metadata"].get("tags", [])][0] for app in APPS}
     known = {name: set(re.findall(r"(?m)^(\w+)", text)) for name, text in tagged.items()}
     text = ((ROOT / "README.md").read_text("utf-8") + (ROOT / "Makefile").read_text("utf-8")).replace("\\\n", " ")

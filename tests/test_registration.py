@@ -27,6 +27,7 @@ from spinereg.registration.apply import apply
 from spinereg.registration.optimise import optimise, parameter_grid
 from spinereg.registration.prealign import rigid_start
 from spinereg.registration.register import memory_warning, register
+from spinereg.registration.run import choose_device
 from spinereg.registration.scene import Scene, make_batch, make_scene, overlap_mask, working_grid
 from spinereg.space.geometry import Grid, transform_points
 from spinereg.space.images import label_centres_mm
@@ -61,7 +62,7 @@ def voxels(path):
 
 
 def test_E4_every_promised_file_is_there_and_nothing_else(done):
-    """E4: transforms, images, labels, table, figures, pictures."""
+    """E4, C11, C13: transforms, images, labels, table, figures, pictures."""
     result, out = done
     found = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
     names = {"transform.h5", "inverse.h5", "disp.nii.gz", "moved.nii.gz", "moved_labels.nii.gz", "vertebrae.csv", "metrics.json", "overview.png"}
@@ -94,7 +95,7 @@ def test_B6_moved_labels_are_whole_and_known(done):
 
 
 def test_A7_ITK_makes_the_same_moved_image_from_the_file(done):
-    """A7: to 1e-4 of the range, on the MR's oblique thick slices; by the composite and by disp.nii.gz."""
+    """A7, A2: to 1e-4 of the range, on the MR's oblique thick slices; by the composite and by disp.nii.gz."""
     _, out = done
     fixed, moving = (sitk.ReadImage(str(files("clinical_0")[name]), sitk.sitkFloat64) for name in ("fixed", "moving"))
     ours = sitk.GetArrayFromImage(sitk.ReadImage(str(out / "moved.nii.gz")))
@@ -141,7 +142,7 @@ def test_C11_two_runs_agree_bit_for_bit(done):
 
 
 def test_B4_labels_of_the_moving_image_are_enough_and_none_also_run(tmp_path, capsys):
-    """B4: without any labels it runs, and says that rigidity is off."""
+    """B4, C6: without any labels it runs, and says that rigidity is off."""
     given = files("easy_0")
     result = register(given["fixed"], given["moving"], out_dir=tmp_path, **QUICK)
     printed = capsys.readouterr().out
@@ -246,7 +247,7 @@ def upright(tmp_path_factory):
     return {"level": level, "grid": grid, "result": result, "points": transform_points(grid.affine, index)}
 
 
-def test_apply_carries_images_labels_and_points_both_ways(done, tmp_path):
+def test_A10_E4_apply_carries_images_labels_and_points_both_ways(done, tmp_path):
     result, out = done
     given = files("clinical_0")
     moved = apply(out, given["moving"], tmp_path / "moved.nii.gz", onto=given["fixed"])
@@ -422,7 +423,7 @@ def test_A3_filled_voxels_are_no_data(tmp_path):
     assert whole.moving.measured is None
 
 
-def test_a_grid_larger_than_the_memory_is_said_before_work_starts():
+def test_C10_X21_a_grid_larger_than_the_memory_is_said_before_work_starts():
     given = files("easy_0")
     pair = read_pair(given["fixed"], given["moving"], given["moving_labels"])
     assert "larger spacing_mm" in memory_warning(pair, 0.05, torch.device("cpu"))[0]
@@ -442,6 +443,16 @@ def test_a_failed_registration_does_not_read_like_a_good_one(tmp_path):
     assert gone and all(f"{name} (" in text for name in gone)
 
 
+def test_C15_auto_is_a_cuda_gpu_or_else_the_cpu(monkeypatch):
+    """C15: nothing has to be said on a machine without a GPU, and a GPU that is not there is refused in words."""
+    for there, expected in ((False, "cpu"), (True, "cuda")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert choose_device("auto").type == expected
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="sees no CUDA GPU here; use device='auto' or 'cpu'"):
+        choose_device("cuda")
+
+
 def test_numbers_of_numpy_are_settings_too(tmp_path):
     numbers = {"levels": tuple(np.array([2, 1])), "steps": tuple(np.array([2, 2])), "spacing_mm": np.float64(4.0)}
     result = register(**UNMEASURED | numbers, out_dir=tmp_path / "out")
@@ -449,7 +460,7 @@ def test_numbers_of_numpy_are_settings_too(tmp_path):
     assert result.metrics.parameters["levels"] == (2.0, 1.0)
 
 
-def test_a_folder_that_cannot_be_written_is_said_before_any_work(tmp_path):
+def test_X22_F14_a_folder_that_cannot_be_written_is_said_before_any_work(tmp_path):
     (tmp_path / "out").write_text("a file")
     given = files("easy_0")
     began = time.perf_counter()

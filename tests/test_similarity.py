@@ -225,7 +225,7 @@ def test_mind_in_slabs_is_mind_in_one_piece():
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_two_runs_agree_bit_for_bit(loss):
+def test_C11_two_runs_agree_bit_for_bit(loss):
     images = texture(1), texture(2).requires_grad_()
     runs = [(value := loss(fixed=images[0], moved=images[1]), *torch.autograd.grad(value.sum(), images[1])) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs))

@@ -288,7 +288,7 @@ def test_e5_a_foreign_checkpoint_is_refused(quick, tmp_path):
 
 
 def test_a_damaged_checkpoint_is_refused(four, quick, tmp_path):
-    """Cut off, another file, an epoch that is no number; in words of ours, and with a way on."""
+    """E5: cut off, another file, an epoch that is no number; in words of ours, and with a way on."""
     good, spoilt = (four[0] / "last.pt").read_bytes(), state(four[0])
     spoilt["progress"]["epoch"] = math.nan
     torch.save(spoilt, tmp_path / "nan.pt")
@@ -366,7 +366,7 @@ def test_epochs_are_logged(logger, quick, tmp_path, monkeypatch):
 
 
 def test_a_preset_is_parameters_of_fit_and_trains(quick, tmp_path):
-    """All forty-eight are accepted; one of the full-resolution ones takes a step."""
+    """C5: all forty-eight are accepted; one of the full-resolution ones takes a step."""
     for preset in PRESETS.values():
         assert preset.items() <= vars(Settings("data", "out", **preset)).items()
     chosen = PRESETS["mi_full_pc_rd"] | {"epochs_similarity": 0, "epochs_rigidity": 1}
@@ -374,11 +374,12 @@ def test_a_preset_is_parameters_of_fit_and_trains(quick, tmp_path):
 
 
 def test_fit_shows_every_setting_in_its_signature():
-    """Help, completion and the apps know names, types and defaults; what is unknown is refused."""
+    """Help, completion and the apps know names, types and defaults; what is unknown is refused. D11: no other process unless asked for."""
     shown = inspect.signature(fit).parameters
     assert list(shown) == [field.name for field in fields(Settings)] + ["resume", "on_step"]
     assert all(shown[field.name].annotation == field.type for field in fields(Settings))
     assert all(shown[field.name].default == field.default for field in fields(Settings) if field.default is not MISSING)
+    assert shown["workers"].default == 0
     with pytest.raises(TypeError, match="learning_rat"):
         fit("data", "out", learning_rat=1e-3)
 
@@ -390,7 +391,7 @@ def test_all_wrong_settings_are_named_at_once(tmp_path):
     assert "similarity='ssd': expected one of lncc, mind, mi" in str(error.value)
 
 
-def test_a_split_without_cases_says_what_was_looked_for(tmp_path):
+def test_x2_a_split_without_cases_says_what_was_looked_for(tmp_path):
     with pytest.raises(ValueError, match="no case found as .*train"):
         fit(tmp_path, tmp_path / "out", **(QUICK | {"epochs_similarity": 1}))
 
