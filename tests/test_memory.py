@@ -36,7 +36,7 @@ def no_voxels(monkeypatch):
     def read(*_):
         raise AssertionError("voxels were read")
 
-    monkeypatch.setattr("spinereg.files.nifti.file_bytes", read)
+    monkeypatch.setattr("spinereg.files.nifti.read_voxels", read)
 
 
 def save(path, shape, mm, dtype="int16"):
