@@ -185,13 +185,13 @@ def test_header_claims_are_compared_with_the_file_before_memory_is_taken(tmp_pat
     assert time.monotonic() - start < 2
 
 
-def test_header_claims_that_fit_the_file_but_not_the_memory(tmp_path, monkeypatch):
+def test_X21_header_claims_that_fit_the_file_but_not_the_memory(tmp_path, monkeypatch):
     (tmp_path / "ct.nii").write_bytes(content())
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("", (), {"available": 1000}))
     refused(lambda: read_image(tmp_path / "ct.nii"), "ct.nii", "of memory", "Crop it")
 
 
-def test_a_gzip_bomb_is_not_unpacked(tmp_path):
+def test_X21_a_gzip_bomb_is_not_unpacked(tmp_path):
     "100 MB of zeros behind the voxels; and 300 MB before them are skipped without being kept."
     (tmp_path / "ct.nii.gz").write_bytes(gzip.compress(content()) + gzip.compress(bytes(10**8), 1))
     far = content(vox_offset=352 + 2**28)[:352], bytes(2**28), VOXELS.tobytes(order="F")
@@ -313,7 +313,7 @@ def odd(tmp_path):
     return os.fsdecode(folder)
 
 
-def test_names_that_are_no_text_are_shown_spelt_out(odd):
+def test_X22_names_that_are_no_text_are_shown_spelt_out(odd):
     "In every problem and notice; as it is shown, in quotes, the name opens the file."
     for path in (f"{odd}/nothing.nii", os.fsdecode(os.fsencode(odd) + b"/\xe9.nii.gz")):
         text = refused(lambda path=path: read_image(path, "moving"), r"caf\udce9", r"\udcffone")
@@ -329,7 +329,7 @@ def test_names_that_are_no_text_are_shown_spelt_out(odd):
     refused(lambda: read_itk(f"{odd}/ct.nii"), r"\udcffone").encode("utf-8")
 
 
-def test_check_lists_cases_whose_names_are_no_text(odd, tmp_path, capsys):
+def test_X22_check_lists_cases_whose_names_are_no_text(odd, tmp_path, capsys):
     table = check(os.path.dirname(os.path.dirname(odd)), "val", prealign="header", out_dir=tmp_path / "out")
     assert set(table.case) == {r"val/\udcffone"}
     assert r"\udce9.nii.gz" in set(table.file)
@@ -337,7 +337,7 @@ def test_check_lists_cases_whose_names_are_no_text(odd, tmp_path, capsys):
     "".join(capsys.readouterr()).encode("utf-8")
 
 
-def test_a_result_folder_whose_name_is_no_text_is_refused_before_the_work(odd):
+def test_X22_a_result_folder_whose_name_is_no_text_is_refused_before_the_work(odd):
     refused(lambda: check_room(odd, []), r"\udcffone", "UTF-8").encode("utf-8")
 
 

@@ -177,7 +177,7 @@ for wrong in [*wrong, dict.fromkeys(("fixed", "moving", "fixed_scheme", "moving_
 
 
 def test_C10_X21_what_is_no_setting_is_one_sentence_of_register():
-    """C10, X21: None, texts and numbers in the place of levels, steps, images and schemes; in a process where nothing looks at the types of arguments."""
+    """C10, X21: None, texts and numbers in the place of levels, steps, images and schemes, where nothing looks at types."""
     said = subprocess.run([sys.executable, "-c", WRONG], capture_output=True, text=True, check=True).stdout.splitlines()
     assert len(said) == 8 and all(line.startswith("register: ") for line in said)
     assert all("expected numbers from 1 to" in line for line in said[:7])

@@ -25,7 +25,7 @@ from torch import Tensor
 from ..files.manifest import check_room, write_result
 from ..files.nifti import write_image
 from ..files.pairs import Pair
-from ..files.problems import write_atomic
+from ..files.problems import user_path, write_atomic
 from ..files.transforms import TRANSFORM_FILES, SpineTransform, write_motions, write_transform
 from ..files.volumes import Labels, renumber, write_labels
 from ..losses.bone import bone_voxels, rigid_motions, rigid_residual_mm
@@ -411,4 +411,4 @@ def save(
         failed = OSError(error.errno or errno.EIO, f"{said}; {kept}", error.filename or str(out_dir))
         failed.result = result
         raise failed from error
-    return Path(out_dir)
+    return user_path(out_dir)
