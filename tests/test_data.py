@@ -372,13 +372,15 @@ def test_d12_disk_cache_follows_content_and_settings(tmp_path):
     folder, kept = draw(tmp_path / "train" / "a"), tmp_path / "kept"
     case = case_of(folder)
     first = OnDisk(QUICK, kept)(case)
-    (file,) = kept.iterdir()
+    (file,) = kept.glob("*.pt")
     written = file.stat().st_mtime_ns
     os.utime(folder / "ct.nii.gz", (1, 1))
     assert torch.equal(OnDisk(QUICK, kept)(case)["fixed"], first["fixed"])
-    assert [path.stat().st_mtime_ns for path in kept.iterdir()] == [written]
+    assert [path.stat().st_mtime_ns for path in kept.glob("*.pt")] == [written]
     good = file.read_bytes()
-    for bad in (b"", b"half", good[:1000], good[: len(good) // 2], pickle.dumps({"fixed": Path})):
+    flipped = bytearray(good)
+    flipped[len(good) // 2] ^= 64
+    for bad in (b"", b"half", good[:1000], good[: len(good) // 2], pickle.dumps({"fixed": Path}), bytes(flipped)):
         file.unlink()  # what is mapped into memory is not cut short
         file.write_bytes(bad)
         assert torch.equal(OnDisk(QUICK, kept)(case)["fixed"], first["fixed"]) and len(file.read_bytes()) == len(good)
@@ -387,13 +389,13 @@ def test_d12_disk_cache_follows_content_and_settings(tmp_path):
     whole = (folder / "mr_t1.nii.gz").read_bytes()
     (folder / "mr_t1.nii.gz").write_bytes(whole[:-40])
     assert "fixed" not in OnDisk(QUICK, kept)(case)
-    assert list(kept.iterdir()) == [file]
+    assert list(kept.glob("*.pt")) == [file]
     image = nib.load(folder / "ct.nii.gz")
     save(folder / "ct.nii.gz", np.asarray(image.dataobj) + np.int16(50), image.affine)
     (folder / "mr_t1.nii.gz").write_bytes(whole)
     changed = OnDisk(QUICK, kept)(case)
     assert changed["moving"].mean() > first["moving"].mean()
-    assert len(list(kept.iterdir())) == 2
+    assert len(list(kept.glob("*.pt"))) == 2
 
 
 @pytest.mark.parametrize("cache", ["none", "ram", "disk"])

@@ -207,3 +207,19 @@ def test_e5_what_is_no_weights_file_is_refused(tmp_path):
     assert "weights_only" not in str(caught.value)
     with pytest.raises(FileNotFoundError, match="best.safetensors"):
         load_network(tmp_path / "nowhere")
+
+
+def test_damaged_numbers_of_weights_are_told(tmp_path):
+    """One bit of one number, which stays finite: the hash in the file tells; missing settings are told in words."""
+    path = save_weights(tmp_path / "w.safetensors", UNet(False), 2.0, {})
+    good = path.read_bytes()
+    flipped = bytearray(good)
+    flipped[-3] ^= 1
+    path.write_bytes(flipped)
+    with pytest.raises(ValueError, match="its numbers have the SHA-256 .*expected .*take other weights"):
+        load_network(path)
+    for old, new in ((b"full_resolution", b"full_resolutioX"), (b'\\"about\\": {}', b'\\"about\\": 12')):
+        assert good.count(old) == 1
+        path.write_bytes(good.replace(old, new))
+        with pytest.raises(ValueError, match="w.safetensors.*the file was damaged or changed"):
+            load_network(path)

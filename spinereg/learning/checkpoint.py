@@ -8,6 +8,7 @@ __all__ = ['FORMAT', 'Records', 'read_records', 'epoch_row', 'keep_weights', 'ra
 
 # %% ../../nbs/54_learning.checkpoint.ipynb #ead61114
 import json
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -113,6 +114,9 @@ def load_state(
 ) -> object:  # None where it cannot be read
     "What a file of PyTorch holds."
     try:
+        with zipfile.ZipFile(path) as parts:  # which PyTorch reads without a look at its checksums
+            if parts.testzip() is not None:
+                return None
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # of damaged files, it raises whatever it stumbles over
         return None
@@ -131,7 +135,8 @@ def read_checkpoint(
         raise ValueError(f"{path} is no checkpoint, or damaged: {anew}")
     if state.get("format") != FORMAT:
         raise ValueError(f"{path} has the format {state.get('format')!r}, expected {FORMAT!r}: go on with the version that wrote it, or {anew}")
-    if wrong := "; ".join(filter(None, (whole(name, state["progress"][name], 0) for name in ("epoch", "taken")))):
+    progress = state["progress"] if isinstance(state.get("progress"), Mapping) else {}
+    if wrong := "; ".join(filter(None, (whole(name, progress.get(name), 0) for name in ("epoch", "taken")))):
         raise ValueError(f"{path}: {wrong}; the file was damaged or changed: {anew}")
     return state
 

@@ -40,7 +40,7 @@ class OnDisk:
         prepare_case: PrepareCase,
         folder: str | Path,  # where prepared cases are kept
     ):
-        self.prepare_case, self.folder, self.paths = prepare_case, user_path(folder), {}
+        self.prepare_case, self.folder, self.paths, self.looked_at = prepare_case, user_path(folder), {}, {}
 
     def path(self, case: Case) -> Path:
         "Where the prepared case is kept."
@@ -51,14 +51,24 @@ class OnDisk:
             self.paths[case] = self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.pt"
         return self.paths[case]
 
+    def is_whole(self, path: Path) -> bool:
+        "Whether a prepared case is as it was written; looked at once, as it takes a while."
+        if path not in self.looked_at:
+            seal = path.with_suffix(".sha256")
+            self.looked_at[path] = path.is_file() and seal.is_file() and seal.read_text("ascii", "replace") == content_hash(path)
+        return self.looked_at[path]
+
     def __call__(self, case: Case) -> dict:  # as `PrepareCase` gives it
         path, load = self.path(case), partial(torch.load, weights_only=True, mmap=True)
-        with contextlib.suppress(Exception):  # not there, or damaged, where it raises whatever it stumbles over
+        if self.is_whole(path):
             return load(path)
         item = self.prepare_case(case)
         if "fixed" not in item:
             return item
-        return load(write_atomic(path, partial(torch.save, item)))
+        write_atomic(path, partial(torch.save, item))
+        write_atomic(path.with_suffix(".sha256"), lambda aside: aside.write_text(content_hash(path), "ascii"))
+        self.looked_at[path] = True
+        return load(path)
 
 # %% ../../nbs/51_learning.crops.ipynb #32ff9f84
 def cache_gb(
