@@ -25,8 +25,8 @@ from torch import Tensor
 from .conflicts import check_points, refuse_bone_without_image
 from .labels import VERTEBRAE
 from .nifti import ImageLike
-from .problems import InputError, InputFile, Notice, Problem, file_text, shown, write_atomic
 from .points import AXES, read_points
+from .problems import InputError, InputFile, Notice, Problem, file_text, shown, write_atomic
 from .volumes import Labels, Volume, read_image, read_labels, settle_modality
 
 # %% ../../nbs/14_files.pairs.ipynb #ce347433

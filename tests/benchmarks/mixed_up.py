@@ -1,6 +1,7 @@
 """Label maps and pairs that cannot be, and good ones: `python tests/benchmarks/mixed_up.py [folder of cases ...]`.
 
-Each folder holds ct.nii.gz, ct_mask.nii.gz, mr_t1.nii.gz or mr.nii.gz, and mr_mask.nii.gz under VerSe's numbers; without one, those of data_samples are taken.
+Each folder holds ct.nii.gz, ct_mask.nii.gz, mr_t1.nii.gz or mr.nii.gz, and mr_mask.nii.gz, numbered as VerSe does; without one, those
+of data_samples are taken.
 Of every case come mistakes that people make, which must be refused or doubted, and whole maps and crops, which must not.
 """
 
