@@ -527,3 +527,29 @@ def test_no_message_names_a_folder_aside(tmp_path):
     assert len(said) == 6
     assert not [text for text in said if "partial" in text]
     assert all("a.txt" in text for text in said[:3])
+
+
+def test_scaling_without_an_intercept_is_refused_by_name(tmp_path):
+    image = nib.Nifti1Image(np.zeros((9, 9, 9), np.int16), np.eye(4))
+    raw = bytearray(image.to_bytes())
+    raw[112:120] = np.array([2, np.nan], np.float32).tobytes()
+    (tmp_path / "ct.nii").write_bytes(raw)
+    with pytest.raises(InputError, match="ct.nii"):
+        read_nifti(InputFile("moving", tmp_path / "ct.nii"))
+
+
+def test_a_flat_image_has_no_grid_and_is_refused_by_its_reader(tmp_path):
+    from spinereg.registration.memory import header_grid
+
+    image = nib.Nifti1Image(np.zeros((9, 9), np.int16), np.eye(4))
+    image.set_qform(np.eye(4), 1)
+    nib.save(image, tmp_path / "flat.nii.gz")
+    assert header_grid(tmp_path / "flat.nii.gz") is None and header_grid(image) is None
+    with pytest.raises(InputError, match="no volume"):
+        read_nifti(InputFile("moving", tmp_path / "flat.nii.gz"))
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_splines_of_every_order_are_read(tmp_path, order):
+    sitk.WriteTransform(sitk.BSplineTransform(3, order), str(tmp_path / "spline.tfm"))
+    assert read_itk(tmp_path / "spline.tfm").TransformPoint((1.0, 2.0, 3.0)) == (1.0, 2.0, 3.0)

@@ -1,5 +1,6 @@
 "What is in memory is as good as a file: images of nibabel, SimpleITK and NumPy, and tables."
 
+import shutil
 from pathlib import Path
 
 import nibabel as nib
@@ -69,7 +70,7 @@ def test_f11_register_and_apply_take_what_is_in_memory(tmp_path):
     images = {name: KINDS["SimpleITK"](path) for name, path in PATHS.items()}
     result = spinereg.register(**images, landmarks=table, out_dir=tmp_path / "out", **quick)
     record = result.metrics.as_dict()["parameters"]
-    assert record["moving"] == "(Image in memory)" and record["landmarks"] == "(DataFrame in memory)" and record["device"] == "cpu"
+    assert record["moving"] == "(moving, in memory)" and record["landmarks"] == "(landmarks, in memory)" and record["device"] == "cpu"
     points = pd.DataFrame(result.pair.fixed.grid.centre_mm[None], columns=AXES)
     moved = read_points(spinereg.apply(tmp_path / "out", points, tmp_path / "there.csv", to="moving"))
     assert np.allclose(moved[AXES].to_numpy(), result.transform.points(torch.tensor(points.to_numpy())).numpy(), atol=1e-3)
@@ -90,12 +91,29 @@ def test_f6_landmarks_of_slicer_are_two_lists_that_meet_by_name(tmp_path):
     assert torch.allclose(found.fixed_mm, marks.fixed_mm[order]) and torch.allclose(found.moving_mm, marks.moving_mm[order])
     pair = read_pair(**PATHS, landmarks=paths)
     assert len(pair.landmarks.names) == len(names)
-    with pytest.raises(InputError, match="points of one image only: .*partner of the same name"):
+    with pytest.raises(InputError, match="points without a partner: in the fixed image .*of 1.*in the moving one none"):
         read_landmarks((lists[0], lists[1].iloc[1:]))
+    with pytest.raises(InputError, match="points of one image.*Give those of both"):
+        read_landmarks(paths[0])
     with pytest.raises(InputError, match="points without a name"):
         read_landmarks((lists[0].assign(name="a"), lists[1]))
     with pytest.raises(InputError, match="fixed points lie outside|moving points lie outside"):
         read_pair(**PATHS, landmarks=(lists[0], lists[1].assign(z_mm=lists[1].z_mm + 900)))
+
+
+def test_f11_names_of_points_stay_as_they_are():
+    """F11: leading zeros too; a point without a name has no partner."""
+    table = pd.DataFrame([["001", 1.0, 2, 3], ["002", 4, 5, 6]], columns=["name", *AXES])
+    assert read_points(table).name.tolist() == ["001", "002"]
+    with pytest.raises(InputError, match="points without a name"):
+        read_landmarks((table.assign(name=["001", None]), table))
+
+
+def test_f11_half_floats_and_masks_are_images(tmp_path):
+    """F11: types that NIfTI does not know are turned into ones that it does."""
+    data = np.random.default_rng(0).integers(0, 2, (9, 9, 9))
+    for kind in (np.float16, bool):
+        assert np.array_equal(read_nifti(InputFile("fixed", (data.astype(kind), np.eye(4))))[0], data)
 
 
 def test_f11_landmarks_in_a_table_are_those_of_its_csv(tmp_path):
@@ -105,6 +123,17 @@ def test_f11_landmarks_in_a_table_are_those_of_its_csv(tmp_path):
     assert again.names == marks.names and torch.equal(again.fixed_mm, marks.fixed_mm)
     with pytest.raises(InputError, match="columns are missing"):
         read_landmarks(pd.DataFrame({"x": [1]}))
+
+
+def test_f14_what_is_carried_is_never_replaced(tmp_path):
+    """F14: an output that is the input, by whatever way it is spelt; an empty out_dir is no folder."""
+    mine = Path(shutil.copy(PATHS["moving"], tmp_path / "ct.nii.gz"))
+    (tmp_path / "deep").mkdir()
+    with pytest.raises(InputError, match="it is read to be made"):
+        spinereg.apply(tmp_path / "no such transform", mine, tmp_path / "deep/../ct.nii.gz", onto=PATHS["fixed"])
+    assert mine.read_bytes() == PATHS["moving"].read_bytes()
+    with pytest.raises(ValueError, match="out_dir='': expected the path of a folder"):
+        spinereg.register(PATHS["fixed"], PATHS["moving"], out_dir="")
 
 
 @pytest.mark.parametrize("out", ["moved.png", "moved", "folder.nii.gz", "x" * 250 + ".nii.gz", "file.csv/moved.nii.gz"])

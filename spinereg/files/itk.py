@@ -56,7 +56,7 @@ def class_fault(
 ) -> str:
     "What is wrong with a transform as it is in a file; an empty text where nothing is."
     name, _, rest = kind.partition("_")
-    if rest not in ("double_3_3", "float_3_3"):
+    if not re.fullmatch(r"(double|float)_3_3" + r"(_[0-3])?" * (name == "BSplineTransform"), rest):
         return f"holds a {kind}, expected one of three dimensions, such as AffineTransform_double_3_3"
     return numbers_fault(name, len(numbers), fixed) or ("" if np.isfinite(numbers).all() else f"has parameters of {kind} that are not finite")
 

@@ -8,6 +8,7 @@ __all__ = ['MANIFEST', 'FORMAT', 'content_hash', 'describe', 'write_manifest', '
 
 # %% ../../nbs/10a_files.manifest.ipynb #130a3548
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -81,7 +82,8 @@ def check_room(
     if theirs:
         reason = f"{', '.join(theirs)} would be replaced, expected only files that a {MANIFEST} in it names as an earlier result"
         raise file.error(reason, "Give another folder, or move them away; delete them if they are of a result without a manifest.")
-    read = {user_path(path).resolve() for path in given if isinstance(path, (str, Path)) and user_path(path).is_file()}
+    flat = itertools.chain.from_iterable(path if isinstance(path, (tuple, list)) else [path] for path in given)
+    read = {user_path(path).resolve() for path in flat if isinstance(path, (str, Path)) and user_path(path).is_file()}
     earlier = (read_manifest(file.path) or {"files": ()})["files"]  # those that the new result lacks are removed
     if own := [name for name in dict.fromkeys((*names, *earlier)) if (file.path / name).resolve() in read]:
         raise file.error(f"{', '.join(own)} in it would be replaced, and the run reads that", "Give another folder.")

@@ -125,7 +125,7 @@ def refuse_claim(
     claim = f"its header says {shape} voxels of {header.get_data_dtype()}, {length / 1e6:.3g} MB"
     if first + length > most:
         raise unreadable(file, f"{claim} from byte {first} on, and it ends before")
-    scaled = math.prod(map(int, header.get_data_shape())) * 8 if header.get_slope_inter() not in ((None, None), (1, 0)) else 0
+    scaled = 0 if header["scl_slope"] in (0, 1) and header["scl_inter"] == 0 else 8 * math.prod(map(int, header.get_data_shape()))
     if (needed := 2 * length + scaled) > free:
         reason = f"{claim}; reading takes {needed / 1e6:.0f} MB of memory, and {free / 1e6:.0f} MB are free"
         raise file.error(reason, "Crop it, or use a machine with more; if it is no such image, export it again.")
@@ -257,10 +257,14 @@ def held_nifti(
         if isinstance(file.held, nib.spatialimages.SpatialImage):
             array, affine, header = np.asanyarray(file.held.dataobj), file.held.affine, nib.Nifti1Image.from_image(file.held).header
         elif isinstance(file.held, sitk.Image):
+            if file.held.GetDimension() != 3:
+                raise ValueError(f"it has {file.held.GetDimension()} dimensions, expected 3")
             array, affine, header = np.moveaxis(sitk.GetArrayFromImage(file.held), (0, 1, 2), (2, 1, 0)), itk_to_ras(file.held), None
         else:
+            if not isinstance(file.held, tuple) or len(file.held) != 2:
+                raise ValueError(f"a {type(file.held).__name__} was given")
             (array, affine), header = map(np.asarray, file.held), None
-        array = array.astype(np.uint8) if array.dtype == bool else array
+        array = array.astype({"bool": np.uint8, "float16": np.float32}.get(array.dtype.name, array.dtype), copy=False)
         header = nib.Nifti1Image(array, np.asarray(affine, float), header, dtype=array.dtype).header if affine is not None else header
     except (TypeError, ValueError, IndexError, nib.spatialimages.HeaderDataError) as error:
         fix = "Give the path of a NIfTI file, an image of nibabel or SimpleITK, or (array, affine), the affine (4, 4) to RAS mm."

@@ -47,7 +47,9 @@ def landmark_rows(
 ) -> list[dict[str, str]]:  # one per line, all columns present
     "The lines of a landmark CSV."
     if file.held is None and not file.path.is_file():
-        raise file.error("no such file", "Check the path of the landmark CSV.")
+        raise file.error("this is a folder" if file.path.is_dir() else "no such file", "Check the path of the landmark CSV.")
+    if file.path.name.lower().endswith((".mrk.json", ".fcsv")):
+        raise file.error("these are the points of one image", "Give those of both: landmarks=(points of the fixed image, of the moving one).")
     table, fix = csv.DictReader(file_text(file).splitlines()), f"The first line must be: name,vertebra,{','.join(COORDINATES)}."
     try:
         columns, rows = table.fieldnames or (), list(table)
@@ -104,7 +106,7 @@ def named_points(
 ) -> dict[str, list[float]]:  # x, y and z in RAS mm by the name of the point
     "The points of one image, each under a name of its own."
     file, table = InputFile(name, given), read_points(given, name)
-    names = table["name"].astype(str) if "name" in table else pd.Series([""] * len(table))
+    names = table["name"].fillna("").astype(str) if "name" in table else pd.Series([""] * len(table))
     if names.duplicated().any() or (names == "").any():
         reason = f"points without a name, or with one that another has: {', '.join(names[names.duplicated(keep=False) | (names == '')][:5])}"
         raise file.error(reason, "Give every point a name, the same as its partner's in the other image.")
@@ -118,9 +120,10 @@ def pair_points(
 ) -> Landmarks:
     "Landmark pairs of two lists of points, by their names."
     here, there = (named_points(points, f"{side} {name}") for side, points in (("fixed", fixed), ("moving", moving)))
-    if alone := sorted(here.keys() ^ there.keys()):
-        fix = "Give every point a partner of the same name in the other image."
-        raise InputFile(f"fixed {name}", fixed).error(f"points of one image only: {', '.join(alone[:5])}", fix)
+    if here.keys() != there.keys():
+        alone = [f"{', '.join(sorted(names)[:5]) or 'none'} (of {len(names)})" for names in (here.keys() - there.keys(), there.keys() - here.keys())]
+        reason = f"points without a partner: in the fixed image {alone[0]}, in the moving one {alone[1]}"
+        raise InputFile(f"fixed {name}", fixed).error(reason, "Place them in both images, under the same names.")
     first = [re.split(r"[^A-Za-z0-9]", who)[0] for who in here]
     vertebra = tuple(word if word in VERTEBRAE else "" for word in first)
     points_mm = [torch.tensor([points[who] for who in here], dtype=torch.float64) for points in (here, there)]
@@ -213,7 +216,7 @@ def read_pair(
     fixed_modality: str = "auto",
     moving_scheme: str | Mapping = "verse",  # whose numbers the labels are
     fixed_scheme: str | Mapping = "verse",
-    keep_doubtful: bool = False,  # whether vertebrae whose label is no whole bone are taken all the same
+    keep_doubtful: bool = False,  # whether moving vertebrae whose label is no whole bone are taken all the same
 ) -> Pair:
     "Read and check all files of a pair; one error lists everything that is wrong."
     errors = []
@@ -222,7 +225,7 @@ def read_pair(
     settled = [attempt(errors, settle_modality, *given) or ("", ()) for given in zip(images, *zip(*wanted), images[::-1])]
     maps = [
         attempt(errors, read_labels, moving_labels, moving_scheme, images[1], "moving_labels", images[0], keep_doubtful),
-        attempt(errors, read_labels, fixed_labels, fixed_scheme, images[0], "fixed_labels", images[1], keep_doubtful),
+        attempt(errors, read_labels, fixed_labels, fixed_scheme, images[0], "fixed_labels", images[1], True),
     ]
     points = attempt(errors, read_landmarks, landmarks)
     together = check_together(errors, images, maps, points, InputFile("landmarks", "" if landmarks is None else landmarks))

@@ -64,7 +64,7 @@ def read_fiducials(file: InputFile) -> pd.DataFrame:
     said = {key.strip(): value.strip() for key, value in said.items()}
     system, columns = said.get("CoordinateSystem", ""), said.get("columns", "").split(",")
     rows = [line.split(",") for line in lines if line.strip() and not line.startswith("#")]
-    if not {"x", "y", "z", "label"} <= set(columns) or any(len(row) < len(columns) - 1 for row in rows):
+    if not {"x", "y", "z", "label"} <= set(columns) or any(len(row) <= max(map(columns.index, ("label", "x", "y", "z"))) for row in rows):
         fix = "A line '# columns = id,x,y,z,...,label' and as many values in each line are expected."
         raise file.error("it cannot be read as fiducials of 3D Slicer", fix)
     place = [columns.index(column) for column in ("label", "x", "y", "z")]
@@ -95,7 +95,7 @@ def read_points(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)  # more values than columns: decimal commas
-            table = pd.read_csv(io.StringIO(text), index_col=False)
+            table = pd.read_csv(io.StringIO(text), index_col=False, dtype={"name": str})
     except (ValueError, pd.errors.ParserWarning) as error:
         fix = "Write one line of column names, then one line for each point, with decimal points."
         raise file.error(f"it cannot be read as a table ({error})", fix) from error

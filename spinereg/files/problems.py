@@ -83,8 +83,8 @@ class InputFile:
         given: object,  # a path, or what stands for a file in memory
     ):
         self.name, self.notices = name, []
-        self.held = None if isinstance(given, (str, Path)) else given
-        self.path = user_path(given) if self.held is None else Path(f"({type(given).__name__} in memory)")
+        self.held = None if isinstance(given, (str, os.PathLike)) else given
+        self.path = user_path(given) if self.held is None else Path(f"({name}, in memory)")
 
     def notice(self, text: str, doubt: bool = False) -> None:  # what was found and what is done about it; whether a result may be wrong for it
         "Write something down about this file."
@@ -234,9 +234,12 @@ def check_out(
     name: str,  # which output, for the message
     path: str | Path,  # of the file to be written
     endings: Sequence[str],  # that it may have
+    given: Sequence[object] = (),  # what it is made of; of that, files are looked at
 ) -> None:
-    "An error for a file that could not be written."
+    "An error for a file that could not be written, or is what it is made of."
     file = InputFile(name, path)
+    if any(isinstance(other, (str, Path)) and user_path(other).resolve() == file.path.resolve() for other in given):
+        raise file.error("it is read to be made", "Give another name; nothing that is given is replaced.")
     if not file.path.name.lower().endswith(tuple(endings)):
         raise file.error("it has another ending than what is written there", f"Give a name that ends in {' or '.join(endings)}.")
     if file.path.is_dir():

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from scipy import ndimage
 from torch import Tensor
 
-from .anatomy import ANATOMY_FIX, Bones, anatomy_faults, bones_of, partial_bones
+from .anatomy import ANATOMY_FIX, Bones, anatomy_faults, bones_of, missing_between, partial_bones
 from .labels import upside_down, vertebra_values
 from .nifti import ImageLike, NativeSpace, read_nifti, write_image
 from .problems import InputFile, Notice
@@ -318,13 +318,16 @@ def notice_upside_down(
 def doubtful_bones(
     bones: Bones,  # of a label map
     names: tuple[str, ...],
+    keep: bool,  # whether they are taken all the same
     file: InputFile,  # the label map's
-) -> tuple[str, ...]:  # their names
-    "Note which vertebrae have a label that is no whole bone."
-    found = partial_bones(bones, names)
+) -> tuple[str, ...]:  # names to leave out
+    "Note which vertebrae have a label that is no whole bone, and which have none."
+    found, then = partial_bones(bones, names), "taken all the same" if keep else "left out; register and rigidify take it with keep_doubtful=True"
     for name, what in found.items():
-        file.notice(f"{name} {what}; it is left out unless keep_doubtful=True", doubt=True)
-    return tuple(found)
+        file.notice(f"{name} {what}; it is {then}", doubt=True)
+    if missing := missing_between(names):
+        file.notice(f"{', '.join(missing)} has no label, between others that have one; bone is not kept rigid there", doubt=True)
+    return () if keep else tuple(found)
 
 
 def leave_out(
@@ -361,8 +364,9 @@ def read_labels(
     bones = bones_of(numbers, grid, len(names))
     if faults := anatomy_faults(bones, names):
         raise file.error("; ".join(faults), ANATOMY_FIX)
-    doubtful = doubtful_bones(bones, names, file)
-    numbers, names, kept = leave_out(numbers, names, kept, () if keep_doubtful else doubtful)
+    numbers, names, kept = leave_out(numbers, names, kept, doubtful_bones(bones, names, keep_doubtful, file))
+    if not names:
+        raise file.error(f"no label is one whole bone: {'; '.join(notice.text for notice in file.notices)}", ANATOMY_FIX)
     notice_upside_down(numbers, names, grid, file)
     return Labels(numbers, names, kept, grid, native, tuple(file.notices))
 

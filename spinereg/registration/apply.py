@@ -90,7 +90,7 @@ def apply(
     "Carry an image, a label map or points through a saved transform."
     refuse("apply", [one_of("to", to, ("fixed", "moving")), one_of("labels", labels if isinstance(labels, str) else "auto", ("auto",))])
     points = is_points(what)
-    check_out("out", out, (".csv", ".mrk.json") if points else (".nii.gz", ".nii"))
+    check_out("out", out, (".csv", ".mrk.json") if points else (".nii.gz", ".nii"), (what, onto))
     phi = read_transform(transform)
     if points:
         return apply_points(what, out, phi, to)

@@ -4,32 +4,47 @@
 
 # %% auto #0
 __all__ = ['MARGIN_MM', 'SPINE_MM', 'LOADED_GB', 'PROGRAM_GB', 'WORKING_BYTES', 'IMAGE_BYTES', 'LABELLED_BYTES', 'TIGHT',
-           'header_grid', 'working_mm', 'working_voxels', 'memory_gb', 'free_gb', 'remedies', 'check_memory',
-           'levels_fault']
+           'file_space', 'held_space', 'header_grid', 'working_mm', 'working_voxels', 'memory_gb', 'free_gb',
+           'remedies', 'check_memory', 'levels_fault']
 
 # %% ../../nbs/47b_registration.memory.ipynb #ded0b272
 import nibabel as nib
 import numpy as np
 import psutil
+import SimpleITK as sitk
 import torch
 
-from ..files.nifti import ImageLike, choose_affine, header_affines, held_nifti, read_space
+from ..files.nifti import ImageLike, choose_affine, header_affines, itk_to_ras, read_space, usable_affine
 from ..files.problems import InputError, InputFile
 from ..space.geometry import Grid, ras_order
 
 # %% ../../nbs/47b_registration.memory.ipynb #6aae500c
+def file_space(file: InputFile) -> tuple[tuple[int, ...], np.ndarray]:
+    "Shape and affine of a file."
+    header, sizes = read_space(file)
+    shape = header.get_data_shape()[:3]
+    return shape, choose_affine(header_affines(header, sizes), shape, file) if len(shape) == 3 else np.eye(4)
+
+
+def held_space(held: object) -> tuple[tuple[int, ...], np.ndarray]:
+    "Shape and affine of an image in memory."
+    if isinstance(held, sitk.Image):
+        return held.GetSize(), itk_to_ras(held)
+    if isinstance(held, tuple):
+        return np.shape(held[0])[:3], np.asarray(held[1], float)
+    return held.shape[:3], held.affine
+
+
 def header_grid(
     given: ImageLike,
 ) -> Grid | None:  # RAS-ordered; None where the header does not say
     "Where an image is, by its header; no voxel of a file is read."
     file = InputFile("image", given)
     try:
-        header, sizes = read_space(file) if file.held is None else held_nifti(file)[::2]
-        shape = header.get_data_shape()[:3]
-        affine = choose_affine(header_affines(header, sizes), shape, file)
-    except InputError:
+        shape, affine = held_space(file.held) if file.held is not None else file_space(file)
+    except (InputError, AttributeError, TypeError, ValueError):
         return None
-    if len(shape) < 3 or min(shape) < 1:
+    if len(shape) < 3 or min(shape) < 1 or np.shape(affine) != (4, 4) or not usable_affine(affine):
         return None
     order = ras_order(affine)
     return Grid(tuple(int(shape[i]) for i in np.argsort(order[:, 0])), affine @ nib.orientations.inv_ornt_aff(order, shape))

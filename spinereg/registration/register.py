@@ -78,11 +78,12 @@ FILE_INPUTS = ("fixed", "moving", "moving_labels", "fixed_labels", "landmarks")
 
 
 def said(
+    name: str,  # which input
     given: ImageLike | LandmarksLike,
 ) -> str | list[str]:
     "A file, or what stands for one, as a record can hold it."
     two_lists = isinstance(given, (tuple, list)) and all(isinstance(part, (str, Path, pd.DataFrame)) for part in given)
-    return [said(part) for part in given] if two_lists else shown(InputFile("", given).path)
+    return [said(name, part) for part in given] if two_lists else shown(InputFile(name, given).path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +117,7 @@ class Inputs:
         found += [one_of(name, getattr(self, name), ("auto", "ct", "mr")) for name in ("moving_modality", "fixed_modality")]
         found += [prealign_fault(self.prealign), in_range("spacing_mm", self.spacing_mm, 0.2, 5)]
         found += scheme_faults("moving_scheme", self.moving_scheme) + scheme_faults("fixed_scheme", self.fixed_scheme)
+        found.append("out_dir='': expected the path of a folder, or None" if self.out_dir == "" else "")
         return [*found, fault_of(choose_device, self.device)]
 
     def labels_fault(self) -> str:
@@ -126,7 +128,7 @@ class Inputs:
     def as_dict(self) -> dict[str, object]:
         "The settings by name, for the record; what was in memory is only said to have been there."
         given = {name: getattr(self, name) for name in FILE_INPUTS}
-        return vars(self) | {name: said(value) for name, value in given.items() if value is not None}
+        return vars(self) | {name: said(name, value) for name, value in given.items() if value is not None}
 
 # %% ../../nbs/48_registration.register.ipynb #b48a0004
 METHODS = ("auto", "polyrigid", "optimise", "network", "rigid")  # ways to a map; "rigid" is the pre-alignment alone
