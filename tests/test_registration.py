@@ -26,7 +26,7 @@ from spinereg.losses.similarity import LNCC
 from spinereg.registration.apply import apply
 from spinereg.registration.optimise import optimise, parameter_grid
 from spinereg.registration.prealign import rigid_start
-from spinereg.registration.register import memory_warning, register
+from spinereg.registration.register import register
 from spinereg.registration.scene import Scene, make_batch, make_scene, overlap_mask, working_grid
 from spinereg.space.geometry import Grid, transform_points
 from spinereg.space.images import label_centres_mm
@@ -420,13 +420,6 @@ def test_A3_filled_voxels_are_no_data(tmp_path):
         assert abs(share - expected) < 0.1 and share < 0.95, name
     whole = read_pair(given["fixed"], given["moving"], moving_modality="ct", fixed_modality="mr")
     assert whole.moving.measured is None
-
-
-def test_a_grid_larger_than_the_memory_is_said_before_work_starts():
-    given = files("easy_0")
-    pair = read_pair(given["fixed"], given["moving"], given["moving_labels"])
-    assert "larger spacing_mm" in memory_warning(pair, 0.05, torch.device("cpu"))[0]
-    assert not memory_warning(pair, 3.0, torch.device("cpu"))
 
 
 def test_a_failed_registration_does_not_read_like_a_good_one(tmp_path):
