@@ -51,7 +51,7 @@ def header_grid(
 
 # %% ../../nbs/47b_registration.memory.ipynb #b4cf5c7b
 MARGIN_MM = 20.0  # around bone, as in `working_grid`
-SPINE_MM = np.array([125.0, 150.0, np.inf])  # width, depth and length of a spine and its margin, at most
+SPINE_MM = np.array([125.0, 150.0, np.inf])  # width, depth and length of a spine and its margin, as a rule at most
 
 
 def working_mm(
@@ -67,12 +67,13 @@ def working_mm(
 # %% ../../nbs/47b_registration.memory.ipynb #67473ed3
 LOADED_GB = 0.45  # of a process that has imported the package
 PROGRAM_GB = {"cpu": 0.25, "cuda": 0.06}
-WORKING_BYTES, IMAGE_BYTES, LABELLED_BYTES = 230, 19, 17  # for a voxel
+WORKING_BYTES = {"cpu": 280, "cuda": 230}  # for a voxel of the working grid
+IMAGE_BYTES, LABELLED_BYTES = 13, 20  # for a voxel of an image, and more where there are labels
 
 
 def working_voxels(fixed: Grid, moving: Grid, spacing_mm: float, labelled: bool) -> np.ndarray:  # (3,)
     "How many voxels a working grid may have along each axis."
-    return np.ceil(working_mm(fixed, moving, labelled) / spacing_mm).astype(int)
+    return np.ceil(working_mm(fixed, moving, labelled) / spacing_mm - 1e-3).astype(int)
 
 
 def memory_gb(
@@ -83,7 +84,7 @@ def memory_gb(
     kind: str = "cpu",  # of the device, or "cuda"
 ) -> float:
     "The most memory that a registration takes, beside that of the loaded libraries."
-    working = WORKING_BYTES * np.prod(working_voxels(fixed, moving, spacing_mm, labelled), dtype=float)
+    working = WORKING_BYTES[kind] * np.prod(working_voxels(fixed, moving, spacing_mm, labelled), dtype=float)
     images = (IMAGE_BYTES + LABELLED_BYTES * labelled) * sum(np.prod(grid.shape, dtype=float) for grid in (fixed, moving))
     return float(PROGRAM_GB[kind] + (working + images) / 1e9)
 
@@ -133,7 +134,7 @@ def check_memory(
     given = fixed, moving, spacing_mm, labelled
     needed, free = memory_gb(*given, device.type), free_gb(device)
     voxels = " x ".join(map(str, working_voxels(*given)))
-    said = f"takes up to {needed:.1f} GB (working grid of up to {voxels} voxels of {spacing_mm:g} mm), and {free:.1f} GB are free on {device}"
+    said = f"takes about {needed:.1f} GB (working grid of up to {voxels} voxels of {spacing_mm:g} mm), and {free:.1f} GB are free on {device}"
     if needed > free:
         raise MemoryError(f"{caller}: this {said}. Any of these helps: {'; '.join(remedies(*given, device))}")
     return [f"this {said}; a larger spacing_mm needs less"] if needed > TIGHT * free else []
