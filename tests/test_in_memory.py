@@ -136,6 +136,14 @@ def test_f14_what_is_carried_is_never_replaced(tmp_path):
         spinereg.register(PATHS["fixed"], PATHS["moving"], out_dir="")
 
 
+def test_f14_the_table_of_a_check_has_a_place_before_a_case_is_read(tmp_path, monkeypatch):
+    """F14: a file is no folder."""
+    monkeypatch.setattr("spinereg.learning.cases.find_cases", lambda *given: pytest.fail("cases were looked for"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises((InputError, OSError), match="file"):
+        spinereg.check(CASE.parent.parent, out_dir=tmp_path / "file")
+
+
 @pytest.mark.parametrize("out", ["moved.png", "moved", "folder.nii.gz", "x" * 250 + ".nii.gz", "file.csv/moved.nii.gz"])
 def test_f14_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path, out):
     """F14: an ending, a folder, a long name, a place that is none; without names of folders of our own."""

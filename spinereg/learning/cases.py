@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from ..files.labels import VERTEBRAE
 from ..files.pairs import Pair
-from ..files.problems import InputError, Notice, Problem, shown, user_path, write_atomic
+from ..files.problems import InputError, Notice, Problem, check_out, shown, user_path, write_atomic
 from ..files.volumes import Labels
 from ..losses.similarity import SIMILARITIES
 from ..registration.prealign import numbering_fault
@@ -290,6 +290,8 @@ def check(
     out_dir: str | Path | None = None,  # folder for check.csv; None writes none
 ) -> pd.DataFrame:  # a row per finding: kind, case, file, key, reason, fix; problems first
     "Read every voxel of every case; list in one table what is wrong, what is odd, and what would be used."
+    if out_dir is not None:
+        check_out("out_dir", Path(out_dir) / "check.csv", (".csv",))
     splits = [splits] if isinstance(splits, str) else splits
     found = [find_cases(data_dir, split) for split in splits]
     cases, findings = [case for some, _ in found for case in some], [finding for _, said in found for finding in said]
