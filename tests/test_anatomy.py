@@ -126,12 +126,6 @@ def test_f3a_a_label_that_is_no_whole_bone_is_doubted_and_left_out(case, tmp_pat
     assert len(kept.names) == 7 and {notice.text.split()[0] for notice in kept.notices if notice.doubt} == left_out
 
 
-def test_f3a_a_vertebra_without_a_label_between_others_is_a_doubt(case, tmp_path):
-    """F3a: it may bend, which nobody would see in the figures of the others."""
-    labels = read(tmp_path, called(case[0], {22: 0}), case[1])
-    assert "L3" not in labels.names and [notice.text.split(",")[0] for notice in labels.notices if notice.doubt] == ["L3 has no label"]
-
-
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real volumes are not here")
 @pytest.mark.parametrize("name", REAL_MAPS)
 def test_f3a_no_bone_of_a_real_map_is_doubted(name):

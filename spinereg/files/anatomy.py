@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['CORE_MM', 'STRAY', 'MOST_CM3', 'TWO_CORES', 'APART_MM', 'CRUMBS', 'ANATOMY_FIX', 'Bones', 'largest_parts', 'bones_of',
-           'way_down', 'order_faults', 'stray_parts', 'beside_gaps', 'shape_faults', 'anatomy_faults', 'partial_bones',
-           'missing_between']
+           'way_down', 'order_faults', 'stray_parts', 'beside_gaps', 'shape_faults', 'anatomy_faults', 'partial_bones']
 
 # %% ../../nbs/12a_files.anatomy.ipynb #ea91a385
 from typing import NamedTuple
@@ -160,11 +159,3 @@ def partial_bones(
     largest = bones.part_cm3[:, 0] / np.maximum(bones.cm3, 1e-9)
     crumbs = {names[k]: f"is in parts that do not touch, {largest[k]:.0%} in the largest" for k in np.flatnonzero(largest < CRUMBS / 2)}
     return crumbs | stray_parts(bones, names)
-
-
-def missing_between(
-    names: tuple[str, ...],  # from head to foot
-) -> list[str]:
-    "Vertebrae without a label between others that have one."
-    known = [PRESACRAL.index(name) for name in names if name in PRESACRAL]
-    return [name for name in PRESACRAL[min(known, default=0) : max(known, default=0)] if name not in names and name not in ("T13", "L6")]

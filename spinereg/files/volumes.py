@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from scipy import ndimage
 from torch import Tensor
 
-from .anatomy import ANATOMY_FIX, Bones, anatomy_faults, bones_of, missing_between, partial_bones
+from .anatomy import ANATOMY_FIX, Bones, anatomy_faults, bones_of, partial_bones
 from .labels import upside_down, vertebra_values
 from .nifti import ImageLike, NativeSpace, read_nifti, write_image
 from .problems import InputFile, Notice
@@ -321,12 +321,10 @@ def doubtful_bones(
     keep: bool,  # whether they are taken all the same
     file: InputFile,  # the label map's
 ) -> tuple[str, ...]:  # names to leave out
-    "Note which vertebrae have a label that is no whole bone, and which have none."
+    "Note which vertebrae have a label that is no whole bone."
     found, then = partial_bones(bones, names), "taken all the same" if keep else "left out; register and rigidify take it with keep_doubtful=True"
     for name, what in found.items():
         file.notice(f"{name} {what}; it is {then}", doubt=True)
-    if missing := missing_between(names):
-        file.notice(f"{', '.join(missing)} has no label, between others that have one; bone is not kept rigid there", doubt=True)
     return () if keep else tuple(found)
 
 
