@@ -73,7 +73,7 @@ def fault_of(
         return str(error)
     return ""
 
-# %% ../../nbs/48_registration.register.ipynb #ca9e84f9
+# %% ../../nbs/48_registration.register.ipynb #13a00002
 FILE_INPUTS = ("fixed", "moving", "moving_labels", "fixed_labels", "landmarks")
 
 
@@ -85,7 +85,7 @@ def said(
     two_lists = isinstance(given, (tuple, list)) and all(isinstance(part, (str, Path, pd.DataFrame)) for part in given)
     return [said(name, part) for part in given] if two_lists else shown(InputFile(name, given).path)
 
-
+# %% ../../nbs/48_registration.register.ipynb #ca9e84f9
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
     "Where a pair is, how it is read, and where its registration starts."
