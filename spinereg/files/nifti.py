@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['KINDS', 'PADDING', 'UNITS', 'ImageLike', 'missing_file', 'unpacked', 'read_header', 'unreadable', 'voxel_bytes',
            'refuse_claim', 'read_voxels', 'voxel_sizes', 'to_mm', 'shorten_quaternion', 'in_mm', 'read_space',
-           'open_nifti', 'itk_to_ras', 'held_nifti', 'scalar_volume', 'usable_affine', 'read_qform', 'header_affines',
-           'usable_kinds', 'choose_affine', 'NativeSpace', 'read_nifti', 'result_header', 'write_image']
+           'open_nifti', 'itk_to_ras', 'held_space', 'held_nifti', 'scalar_volume', 'usable_affine', 'read_qform',
+           'header_affines', 'usable_kinds', 'choose_affine', 'NativeSpace', 'read_nifti', 'result_header',
+           'write_image']
 
 # %% ../../nbs/12_files.nifti.ipynb #d50821e5
 import gzip
@@ -249,23 +250,35 @@ def itk_to_ras(
     return FLIP @ lps
 
 
+def held_space(
+    held: object,
+) -> tuple[tuple[int, ...], np.ndarray | None]:  # shape; (4, 4) voxel index -> RAS mm, None where it has none
+    "Where an image in memory is, or a ValueError that says why it is no image."
+    if isinstance(held, nib.spatialimages.SpatialImage):
+        return held.shape, held.affine
+    if isinstance(held, sitk.Image):
+        if held.GetDimension() != 3:
+            raise ValueError(f"it has {held.GetDimension()} dimensions, expected 3")
+        return held.GetSize(), itk_to_ras(held)
+    if not isinstance(held, tuple) or len(held) != 2:
+        raise ValueError(f"a {type(held).__name__} was given")
+    return np.shape(held[0]), np.asarray(held[1], float)
+
+# %% ../../nbs/12_files.nifti.ipynb #00f1100b
 def held_nifti(
     file: InputFile,
 ) -> tuple[nib.Nifti1Header, np.ndarray, np.ndarray]:  # as `open_nifti`
     "The header and the voxels of an image in memory."
+    held, of_nibabel = file.held, isinstance(file.held, nib.spatialimages.SpatialImage)
     try:
-        if isinstance(file.held, nib.spatialimages.SpatialImage):
-            array, affine, header = np.asanyarray(file.held.dataobj), file.held.affine, nib.Nifti1Image.from_image(file.held).header
-        elif isinstance(file.held, sitk.Image):
-            if file.held.GetDimension() != 3:
-                raise ValueError(f"it has {file.held.GetDimension()} dimensions, expected 3")
-            array, affine, header = np.moveaxis(sitk.GetArrayFromImage(file.held), (0, 1, 2), (2, 1, 0)), itk_to_ras(file.held), None
+        _, affine = held_space(held)
+        if isinstance(held, sitk.Image):
+            array = np.moveaxis(sitk.GetArrayFromImage(held), (0, 1, 2), (2, 1, 0))
         else:
-            if not isinstance(file.held, tuple) or len(file.held) != 2:
-                raise ValueError(f"a {type(file.held).__name__} was given")
-            (array, affine), header = map(np.asarray, file.held), None
+            array = np.asanyarray(held.dataobj if of_nibabel else held[0])
         array = array.astype({"bool": np.uint8, "float16": np.float32}.get(array.dtype.name, array.dtype), copy=False)
-        header = nib.Nifti1Image(array, np.asarray(affine, float), header, dtype=array.dtype).header if affine is not None else header
+        header = nib.Nifti1Image.from_image(held).header if of_nibabel else None
+        header = nib.Nifti1Image(array, affine, header, dtype=array.dtype).header if affine is not None else header
     except (TypeError, ValueError, IndexError, nib.spatialimages.HeaderDataError) as error:
         fix = "Give the path of a NIfTI file, an image of nibabel or SimpleITK, or (array, affine), the affine (4, 4) to RAS mm."
         raise file.error(f"it is no image ({error})", fix) from error

@@ -4,17 +4,16 @@
 
 # %% auto #0
 __all__ = ['MARGIN_MM', 'SPINE_MM', 'LOADED_GB', 'PROGRAM_GB', 'WORKING_BYTES', 'IMAGE_BYTES', 'LABELLED_BYTES', 'TIGHT',
-           'file_space', 'held_space', 'header_grid', 'working_mm', 'working_voxels', 'memory_gb', 'free_gb',
-           'remedies', 'check_memory', 'levels_fault']
+           'file_space', 'header_grid', 'working_mm', 'working_voxels', 'memory_gb', 'free_gb', 'remedies',
+           'check_memory', 'levels_fault']
 
 # %% ../../nbs/47b_registration.memory.ipynb #ded0b272
 import nibabel as nib
 import numpy as np
 import psutil
-import SimpleITK as sitk
 import torch
 
-from ..files.nifti import ImageLike, choose_affine, header_affines, itk_to_ras, read_space, usable_affine
+from ..files.nifti import ImageLike, choose_affine, header_affines, held_space, read_space, usable_affine
 from ..files.problems import InputError, InputFile
 from ..space.geometry import Grid, ras_order
 
@@ -26,15 +25,6 @@ def file_space(file: InputFile) -> tuple[tuple[int, ...], np.ndarray]:
     return shape, choose_affine(header_affines(header, sizes), shape, file) if len(shape) == 3 else np.eye(4)
 
 
-def held_space(held: object) -> tuple[tuple[int, ...], np.ndarray]:
-    "Shape and affine of an image in memory."
-    if isinstance(held, sitk.Image):
-        return held.GetSize(), itk_to_ras(held)
-    if isinstance(held, tuple):
-        return np.shape(held[0])[:3], np.asarray(held[1], float)
-    return held.shape[:3], held.affine
-
-
 def header_grid(
     given: ImageLike,
 ) -> Grid | None:  # RAS-ordered; None where the header does not say
@@ -42,8 +32,9 @@ def header_grid(
     file = InputFile("image", given)
     try:
         shape, affine = held_space(file.held) if file.held is not None else file_space(file)
-    except (InputError, AttributeError, TypeError, ValueError):
+    except (InputError, TypeError, ValueError):
         return None
+    shape = shape[:3]
     if len(shape) < 3 or min(shape) < 1 or np.shape(affine) != (4, 4) or not usable_affine(affine):
         return None
     order = ras_order(affine)
