@@ -442,7 +442,7 @@ def test_C15_auto_is_a_cuda_gpu_or_else_the_cpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
         assert choose_device("auto").type == expected
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="sees no CUDA GPU here; use device='auto' or 'cpu'"):
+    with pytest.raises(ValueError, match="sees 0 CUDA GPUs here, numbered from 0; use 'auto' or 'cpu'"):
         choose_device("cuda")
 
 

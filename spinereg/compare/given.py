@@ -33,13 +33,14 @@ def evaluate_transform(
     fixed_modality: str = "auto",  # "auto", "ct" or "mr"
     moving_scheme: str | Mapping[int, str | None] = "verse",  # whose numbers the moving labels are
     fixed_scheme: str | Mapping[int, str | None] = "verse",  # whose numbers the fixed labels are
+    keep_doubtful: bool = False,  # whether a vertebra whose label is no whole bone is measured all the same, and not left out
     spacing_mm: float = 1.0,  # voxel size of the grid on which it is looked at
 ) -> Registration:
     "Measure what any map does to a pair."
     given = Inputs(
         fixed=fixed, moving=moving, moving_labels=moving_labels, fixed_labels=fixed_labels, landmarks=landmarks, out_dir=out_dir,
         moving_modality=moving_modality, fixed_modality=fixed_modality, moving_scheme=moving_scheme, fixed_scheme=fixed_scheme,
-        spacing_mm=spacing_mm, device="cpu",
+        keep_doubtful=keep_doubtful, spacing_mm=spacing_mm, device="cpu",
     )
     if isinstance(transform, SpineTransform):
         found, name = transform, "a SpineTransform"

@@ -125,7 +125,7 @@ def refuse_claim(
     shape, free = " x ".join(map(str, header.get_data_shape())), psutil.virtual_memory().available
     claim = f"its header says {shape} voxels of {header.get_data_dtype()}, {length / 1e6:.3g} MB"
     if first + length > most:
-        raise unreadable(file, f"{claim} from byte {first} on, and it ends before")
+        raise unreadable(file, f"{claim} from byte {first} on, and it ends before: it is cut off, or its header is wrong")
     scaled = 0 if header["scl_slope"] in (0, 1) and header["scl_inter"] == 0 else 8 * math.prod(map(int, header.get_data_shape()))
     if (needed := 2 * length + scaled) > free:
         reason = f"{claim}; reading takes {needed / 1e6:.0f} MB of memory, and {free / 1e6:.0f} MB are free"

@@ -322,7 +322,7 @@ def doubtful_bones(
     file: InputFile,  # the label map's
 ) -> tuple[str, ...]:  # names to leave out
     "Note which vertebrae have a label that is no whole bone."
-    found, then = partial_bones(bones, names), "taken all the same" if keep else "left out; register and rigidify take it with keep_doubtful=True"
+    found, then = partial_bones(bones, names), "taken all the same" if keep else "left out; keep_doubtful=True takes it"
     for name, what in found.items():
         file.notice(f"{name} {what}; it is {then}", doubt=True)
     return () if keep else tuple(found)
