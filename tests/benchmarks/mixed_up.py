@@ -1,7 +1,7 @@
 """Label maps and pairs that cannot be, and good ones: `python tests/benchmarks/mixed_up.py [folder of cases ...]`.
 
-Each folder holds ct.nii.gz, ct_mask.nii.gz, mr_t1.nii.gz or mr.nii.gz, and mr_mask.nii.gz, numbered as VerSe does; without one, those
-of data_samples are taken.
+Each folder is of a case with four vertebrae or more: ct.nii.gz, ct_mask.nii.gz, mr_t1.nii.gz or mr.nii.gz, and mr_mask.nii.gz,
+numbered as VerSe does. Without one, the cases of data_samples are taken.
 Of every case come mistakes that people make, which must be refused or doubted, and whole maps and crops, which must not.
 """
 
@@ -27,7 +27,7 @@ def mistakes(values, affine, draw):
     "Label maps with one mistake each, by what it is."
     present = [value for value in np.unique(values) if value]
     inner = present[1:-1]
-    low = int(draw.integers(len(inner) - 1)) if len(inner) > 1 else 0
+    low = int(draw.integers(len(inner) - 1))
     here = np.argwhere(values == inner[low])
     front = (np.arange(values.shape[1])[:, None] > here[:, 1].mean()) == (affine[1, 1] > 0)
     yield "two bones under one name", called(values, {inner[low]: inner[low + 1]})
@@ -69,7 +69,8 @@ def main(folders):
             return verdict(read_labels, path)
 
         for folder in folders:
-            ct, mask, its_mask, mr = (next(folder.glob(name)) for name in ("ct.nii.gz", "ct_mask.nii.gz", "mr_mask.nii.gz", "mr*[1r].nii.gz"))
+            ct, mask, its_mask = (folder / f"{name}.nii.gz" for name in ("ct", "ct_mask", "mr_mask"))
+            mr = next(path for path in (folder / "mr_t1.nii.gz", folder / "mr.nii.gz") if path.is_file())
             image = nib.load(mask)
             values, affine = np.asarray(image.dataobj).astype(np.int32), image.affine
             bad += [(folder.name, what, labels(wrong, affine)) for what, wrong in mistakes(values, affine, draw)]
@@ -77,7 +78,7 @@ def main(folders):
             bad.append((folder.name, "the other image's labels", verdict(read_pair, mr, ct, its_mask)))
             bad.append((folder.name, "another scheme", verdict(read_labels, mask, "totalseg_v2")))
             good.append((folder.name, "pair", verdict(read_pair, mr, ct, mask, its_mask)))
-            for part, start in crops(values, draw, 5):
+            for part, start in crops(values, draw, 9):
                 moved = affine.copy()
                 moved[:3, 3] += affine[:3, :3] @ start
                 if part.any():
