@@ -40,6 +40,7 @@ setup(
     python_requires=f">={about['min_python']}",
     install_requires=about["requirements"].split(),
     extras_require={key.removesuffix("_requirements"): about[key].split() for key in about if key.endswith("_requirements")},
+    entry_points={"console_scripts": ["spinereg = spinereg.apps.command:main"]},
     cmdclass={"sdist": SourceWithSettings},
     packages=[*find_packages(include=["spinereg", "spinereg.*"]), "spinereg.notebooks"],
     package_dir={"spinereg.notebooks": "nbs/apps"},
