@@ -6,6 +6,7 @@ from importlib import import_module
 
 PUBLIC = {  # name -> where it is defined; imported when it is first asked for
     "register": "registration.register",
+    "load": "registration.load",
     "apply": "registration.apply",
     "check": "learning.cases",
     "rigidify": "registration.rigidify",

@@ -66,7 +66,7 @@ def test_E4_every_promised_file_is_there_and_nothing_else(done):
     result, out = done
     found = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
     names = {"transform.h5", "inverse.h5", "disp.nii.gz", "moved.nii.gz", "moved_labels.nii.gz", "vertebrae.csv", "metrics.json", "overview.png"}
-    assert found == names | {"manifest.json"} | {f"vertebrae/{name}.tfm" for name in result.vertebrae.index}
+    assert found == names | {"history.csv", "manifest.json"} | {f"vertebrae/{name}.tfm" for name in result.vertebrae.index}
     metrics = json.loads((out / "metrics.json").read_text())
     assert {"field", "landmarks", "labels", "contacts", "motions", "prealign", "parameters", "seconds", "environment", "summary"} <= set(metrics)
     assert metrics["parameters"]["spacing_mm"] == 3.0

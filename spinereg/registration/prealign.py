@@ -231,7 +231,8 @@ class RigidStart(NamedTuple):
     def as_dict(self) -> dict[str, object]:
         "As `metrics.json` holds it."
         kept = {"how": self.how, "matrix": self.rigid.tolist(), "overlap_before": self.overlap_before, "overlap_after": self.overlap_after}
-        return kept | {"confidence": self.confidence, "reasons": dict(self.reasons)}
+        sure = {"confidence": self.confidence, "reasons": dict(self.reasons), "notices": [notice._asdict() for notice in self.notices]}
+        return kept | sure | {"seconds": self.seconds}
 
 
 def search_pair(

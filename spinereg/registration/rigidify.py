@@ -191,7 +191,7 @@ def rigidify(
     moving_scheme: str | Mapping[int, str | None] = "verse",  # whose numbers the moving labels are
     keep_doubtful: bool = False,  # whether a vertebra whose label is no whole bone is made rigid all the same, and not left out
     spacing_mm: float = 1.0,  # voxel size at which another tool's map is looked at
-    out_dir: str | Path | None = None,  # folder of transform.h5, inverse.h5 and vertebrae/*.tfm; None writes none
+    out_dir: str | Path | None = None,  # folder of transform.h5, inverse.h5, bones.safetensors and vertebrae/*.tfm; None writes none
 ) -> SpineTransform:
     "Make any deformation exactly rigid in every vertebra, and keep it elsewhere."
     refuse("rigidify", [in_range("spacing_mm", spacing_mm, 0.2, 5)])
