@@ -191,7 +191,7 @@ def folder_aside(
     with make_aside(user_path(folder), kind) as aside:
         yield Path(aside)
 
-# %% ../../nbs/10_files.problems.ipynb #c9b06a8a
+# %% ../../nbs/10_files.problems.ipynb #a2d04606
 def onto_disk(
     path: Path,  # a file, or a folder for the names in it
 ) -> None:
@@ -206,7 +206,7 @@ def onto_disk(
     finally:
         os.close(handle)
 
-
+# %% ../../nbs/10_files.problems.ipynb #c9b06a8a
 def put_in_place(
     path: Path,  # aside
     place: Path,

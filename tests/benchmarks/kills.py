@@ -1,6 +1,6 @@
 """Whole small runs, killed: what is left, and how another try ends: `OMP_NUM_THREADS=1 python tests/benchmarks/kills.py [kills] [--out folder]`.
 
-50 kills take ten minutes on one core. A kill that was done is not done again; rows.jsonl in the folder has a row for each.
+50 kills take twenty minutes on a busy core. A kill that was done is not done again; rows.jsonl in the folder has a row for each.
 
 Every other run is a registration, the others are trainings with checkpoints and validations. Half of them write over something
 that is whole: the result of another case, or a shorter training and such a result beside it. All have an input and files of
