@@ -24,7 +24,7 @@ from spinereg.apps.paths import app
 from spinereg.compare import evaluation
 from spinereg.compare.evaluation import evaluate_runs
 from spinereg.files.manifest import write_result
-from spinereg.files.problems import InputError
+from spinereg.files.problems import InputError, shown
 from spinereg.files.transforms import read_transform
 from spinereg.interactive.bones import draw_bones
 from spinereg.interactive.monitor import TrainingMonitor
@@ -276,8 +276,8 @@ def test_a_training_comes_to_its_end(tmp_path):
 def test_an_evaluation_comes_to_its_end(results, tmp_path, monkeypatch):
     """F-hostile: cases and runs of every name are registered into folders of their names, and are in tables and pictures under them."""
 
-    def take(case, parameters, folder):
-        shutil.copytree(results / "run" / case.name, folder)
+    def take(case, parameters, run):
+        shutil.copytree(results / "run" / case.name, run / case.name)
         return ""
 
     monkeypatch.setattr(evaluation, "register_case", take)
@@ -298,17 +298,20 @@ def test_a_run_stays_in_its_folder(name, results, tmp_path, monkeypatch):
     with pytest.raises(InputError) as refused:
         evaluate_runs(results / "data", {"rigid": {}, name: {}}, tmp_path / "a/out")
     assert repr(name[:80]).strip("'") in str(refused.value) and "Give" in str(refused.value)
-    assert not tree(tmp_path)
+    assert not tree(tmp_path / "a/out") and len(tree(tmp_path)) == 2
 
 
 @pytest.mark.parametrize("name", CLIMBING, ids=ascii)
 def test_a_case_stays_in_its_folder(name, results, tmp_path, monkeypatch):
-    """F-hostile: likewise."""
-    monkeypatch.setattr(evaluation, "register_case", lambda *_: pytest.fail("work had begun"))
+    """F-hostile: nothing is written for it, its error can be printed, and the other cases are registered."""
+    done = []
+    monkeypatch.setattr(evaluation, "register", lambda out_dir, **_: done.append(out_dir.name))
+    monkeypatch.setattr(evaluation, "is_done", lambda *_: False)
     found, _ = evaluation.find_cases(results / "data", "test")
     object.__setattr__(found[-1], "name", name)
-    with pytest.raises(InputError, match="case"):
-        evaluation.register_runs({"rigid": {}}, found, {"rigid": tmp_path / "a/rigid"})
+    errors = evaluation.register_runs({"rigid": {}}, found, {"rigid": tmp_path / "a/rigid"})
+    assert done == [case.name for case in found[:-1]] and list(errors) == [("rigid", shown(name))]
+    assert errors["rigid", shown(name)].startswith("InputError: case") and "\udcff" not in str(errors)
     assert not tree(tmp_path)
 
 

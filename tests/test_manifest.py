@@ -3,21 +3,27 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import threading
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 
-from spinereg.compare.evaluation import is_done, read_run
+from spinereg.compare.evaluation import evaluate_runs, is_done, read_run
 from spinereg.files.foreign import read_map
-from spinereg.files.manifest import MANIFEST, check_room, read_manifest, result_files, write_result
-from spinereg.files.problems import InputError, InputFile, folder_aside, is_left
-from spinereg.files.transforms import read_transform, write_motions
+from spinereg.files.manifest import MANIFEST, check_out, check_room, read_manifest, result_files, write_result
+from spinereg.files.problems import InputError, InputFile, folder_aside, here, is_left
+from spinereg.files.transforms import TRANSFORM_FILES, read_transform, write_motions
+from spinereg.learning.cases import check
+from spinereg.learning.fit import fit
+from spinereg.registration import register as register_module
 from spinereg.registration.apply import apply
 from spinereg.registration.bones_first import read_poses
 from spinereg.registration.register import register
@@ -106,7 +112,7 @@ def test_d_kill_leaves_the_old_result_or_one_that_is_refused(tmp_path):
             outcomes.append("refused")
             with pytest.raises(InputError, match=r"stopped before all files were in their places.*Run again"):
                 texts(out)
-        check_room(out, NAMES)
+        check_room(out, (*NAMES, "bones/L5.txt"))
         write_text(out, "again")
         assert texts(out) == dict.fromkeys(NAMES, "again") and not leavings(out)
         assert (out / "bones/theirs.tfm").read_text() == "theirs" and not (out / "bones/L5.txt").exists()
@@ -133,12 +139,12 @@ def test_d_kill_in_an_empty_folder_is_refused_too(tmp_path):
 
 def test_d_kill_a_stopped_save_is_refused_by_every_reader(folder, monkeypatch, saved):
     """D-kill: map, poses, table, evaluation; and another save makes it good."""
-    replace = os.replace
+    rename = os.replace
 
     def stops(path, place):
         if Path(place).name == "moved.nii.gz" and Path(place).parent == folder:
             raise KeyboardInterrupt
-        replace(path, place)
+        rename(path, place)
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "replace", stops)
@@ -176,6 +182,39 @@ def test_d_kill_leavings_of_a_living_run_are_left_alone(tmp_path):
     finally:
         child.kill()
         child.wait()
+
+
+def test_d_kill_a_container_of_the_same_name_is_another_machine(tmp_path, monkeypatch):
+    """D-kill: there, the number of a process means another one; its folder is left alone for a day, its mark for ten minutes."""
+    with folder_aside(tmp_path) as aside, folder_aside(tmp_path, "-turn") as mark:
+        aged = dict.fromkeys((aside, mark), time.time())
+        for path, number in ((aside, os.getpid()), (mark, 99999999)):
+            other = path.with_name(re.sub(r"^\.partial-\d+", f".partial-{number}", path.name).replace("@", "@0"))
+            other.mkdir()
+            aged[other] = time.time()
+        mine, its_mark = list(aged)[2:]
+        assert not any(map(is_left, aged))
+        for path, age in ((mine, 80000), (its_mark, 500)):
+            os.utime(path, (time.time() - age,) * 2)
+        assert not is_left(mine) and not is_left(its_mark)
+        for path, age in ((mine, 90000), (its_mark, 700)):
+            os.utime(path, (time.time() - age,) * 2)
+        assert is_left(mine) and is_left(its_mark)
+    assert not here().startswith("@") and here() == here()
+
+
+def test_d_kill_a_power_cut_finds_files_on_the_disk_before_a_manifest_names_them(tmp_path, monkeypatch):
+    """D-kill: every file is sent to the disk before it takes its place, and folders before the manifest says whole."""
+    done, sync, rename = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (done.append(os.fstat(handle).st_ino), sync(handle)))
+    monkeypatch.setattr(os, "replace", lambda path, place: (done.append((Path(path).stat().st_ino, Path(place))), rename(path, place)))
+    write_text(tmp_path, "1")
+    moved = [number for number, what in enumerate(done) if isinstance(what, tuple)]
+    assert all(done[number][0] in done[:number] for number in moved)
+    assert [done[number][1].name for number in moved] == [MANIFEST, "L1.txt", "L2.txt", "image.txt", "labels.txt", "metrics.json", MANIFEST]
+    first, last = moved[0], moved[-1]
+    folders = {tmp_path.stat().st_ino, (tmp_path / "bones").stat().st_ino}
+    assert done[first + 1] in folders and folders <= set(done[moved[-2] : last]) and tmp_path.stat().st_ino in done[last:]
 
 
 # two at once
@@ -242,7 +281,7 @@ def test_d_manifest_one_that_names_files_elsewhere_is_not_followed(tmp_path):
     (tmp_path / "precious.txt").write_text("mine")
     write_text(tmp_path / "out", "1")
     said = json.loads((tmp_path / "out" / MANIFEST).read_text())
-    for name in ("../precious.txt", str(tmp_path / "precious.txt")):
+    for name in ("../precious.txt", str(tmp_path / "precious.txt"), "..\\precious.txt", "C:precious.txt", ""):
         (tmp_path / "out" / MANIFEST).write_text(json.dumps(said | {"files": {name: {"size": 4, "sha256": ""}}}))
         with pytest.raises(InputError, match="manifest.json.* would be replaced"):
             write_text(tmp_path / "out", "2")
@@ -257,7 +296,7 @@ def test_an_input_in_the_way_is_refused_before_any_work(tmp_path, monkeypatch):
     moving = Path(shutil.copy(FILES["moving"], tmp_path / "moved.nii.gz"))
     content = moving.read_bytes()
     monkeypatch.setattr("spinereg.registration.register.read_pair", lambda *_: pytest.fail("work was done"))
-    with pytest.raises(InputError, match=r"moved.nii.gz would be replaced, expected only files that a manifest.json in it names"):
+    with pytest.raises(InputError, match=r"moved.nii.gz in it would be replaced, and the run reads that"):
         register(**FILES | {"moving": moving}, **QUICK, out_dir=tmp_path)
     assert moving.read_bytes() == content and [path.name for path in tmp_path.iterdir()] == ["moved.nii.gz"]
 
@@ -268,8 +307,45 @@ def test_a_run_does_not_replace_what_it_reads(folder):
     with pytest.raises(InputError, match=r"moved.nii.gz in it would be replaced, and the run reads that"):
         register(**FILES | {"moving": folder / "moved.nii.gz"}, **QUICK, out_dir=folder)
     with pytest.raises(InputError, match=r"transform.h5 in it would be replaced, and the run reads that"):
-        rigidify(folder, FILES["moving_labels"], out_dir=folder)
+        rigidify(folder / "transform.h5", FILES["moving_labels"], out_dir=folder)
+    for run in (lambda: rigidify(folder, FILES["moving_labels"], out_dir=folder), lambda: register(**FILES, poses=folder, out_dir=folder)):
+        with pytest.raises(InputError, match=r"the result in it would be replaced, and the run reads that"):
+            run()
     assert (folder / "moved.nii.gz").read_bytes() == before and read_transform(folder)
+
+
+def test_a_result_is_not_replaced_by_one_of_another_kind(folder, monkeypatch):
+    """D-manifest: a map alone would remove figures and images; a whole result takes the place of a map."""
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    monkeypatch.setattr("spinereg.registration.rigidify.read_labels", lambda *_, **__: pytest.fail("work was done"))
+    with pytest.raises(InputError, match=r"another kind of result, of which .*metrics.json.* would be removed. Give another folder"):
+        rigidify("a.h5", FILES["moving_labels"], out_dir=folder)
+    with pytest.raises(InputError, match="another kind of result"), write_result(folder, TRANSFORM_FILES) as aside:
+        (aside / "transform.h5").write_text("1")
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    with write_result(folder.parent / "map", TRANSFORM_FILES) as aside:
+        (aside / "transform.h5").write_text("1")
+    check_room(folder.parent / "map", RESULT_FILES)
+
+
+def test_a_result_is_not_saved_over_what_it_was_made_from(saved, folder):
+    """D-manifest: an image out of an earlier result, and the result saved there later."""
+    metrics = replace(saved[0].metrics, parameters=saved[0].metrics.parameters | {"moving": str(folder / "moved.nii.gz")})
+    with pytest.raises(InputError, match=r"moved.nii.gz in it would be replaced, and the run reads that") as caught:
+        replace(saved[0], metrics=metrics).save(folder)
+    assert caught.value.result.metrics is metrics
+
+
+@pytest.mark.parametrize("out", ["moved.nii.gz", "deep/../moved_labels.nii.gz"])
+def test_f14_apply_writes_over_no_part_of_a_result(folder, out, monkeypatch):
+    """F14, D-manifest: refused before the transform is read; beside it there is room."""
+    (folder / "deep").mkdir()
+    before = (folder / out).read_bytes()
+    monkeypatch.setattr("spinereg.registration.apply.read_transform", lambda *_: pytest.fail("work was done"))
+    with pytest.raises(InputError, match=r"it belongs to a result, as .*manifest.json says. Give another name"):
+        apply(folder, FILES["moving"], folder / out, onto=FILES["fixed"])
+    assert (folder / out).read_bytes() == before
+    check_out("out", folder / "again.nii.gz", (".nii.gz",))
 
 
 def test_what_is_not_ours_stays_and_is_not_read(saved, folder):
@@ -281,6 +357,14 @@ def test_what_is_not_ours_stays_and_is_not_read(saved, folder):
     saved[0].save(folder)
     assert {name: (folder / name).read_text() for name in theirs} == theirs
     assert motions.keys() == read_poses(folder).keys() == saved[0].metrics.motions.keys()
+
+
+@pytest.mark.parametrize("name", ["../L3", "/tmp/L3", "a/L3", "x" * 255])
+def test_motions_stay_in_their_folder(tmp_path, name):
+    """F-hostile: the names of vertebrae may come from a file."""
+    with pytest.raises(InputError, match="vertebra .* makes no path"):
+        write_motions(tmp_path, {name: np.eye(4)})
+    assert not list(tmp_path.rglob("*L3*"))
 
 
 def test_motions_of_somebody_under_our_names_are_in_the_way(tmp_path):
@@ -321,3 +405,57 @@ def test_d_full_disk_a_run_that_cannot_save_hands_its_result_over(tmp_path, monk
             register(**FILES, **QUICK, out_dir=tmp_path / "out")
     assert caught.value.errno == 28 and caught.value.result.save(tmp_path / "out") == tmp_path / "out"
     assert read_poses(tmp_path / "out").keys() == caught.value.result.metrics.motions.keys()
+
+
+def test_d_full_disk_a_file_that_came_meanwhile_is_kept_and_so_is_the_result(tmp_path, monkeypatch):
+    """D-full-disk, D-manifest: the error of a result that is in the way of somebody's file has the result."""
+    measure = register_module.measure_all
+
+    def slow(*given):
+        (tmp_path / "out/moved.nii.gz").write_text("theirs")
+        return measure(*given)
+
+    monkeypatch.setattr(register_module, "measure_all", slow)
+    with pytest.raises(InputError, match=r"moved.nii.gz would be replaced.*The result is not lost.*error.result.save\(another folder\)") as caught:
+        register(FILES["fixed"], FILES["moving"], **QUICK, out_dir=tmp_path / "out")
+    assert (tmp_path / "out/moved.nii.gz").read_text() == "theirs" and not leavings(tmp_path)
+    assert read_transform(caught.value.result.save(tmp_path / "elsewhere"))
+
+
+# out_dir
+
+
+WRITERS = {
+    "register": lambda out: register(FILES["fixed"], FILES["moving"], **QUICK, out_dir=out),
+    "rigidify": lambda out: rigidify("no such map", FILES["moving_labels"], out_dir=out),
+    "fit": lambda out: fit("no such data", out, logger="none", device="cpu"),
+    "check": lambda out: check("no such data", out_dir=out),
+    "evaluate_runs": lambda out: evaluate_runs("no such data", {"rigid": {}}, out),
+}
+WRONG = {"file": "this/file", "under a file": "this/file/deeper", "long": "x" * 300, "zero": "a\0b", "device": "/dev/null"}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("writer", WRITERS)
+def test_f14_an_out_dir_that_is_none_is_one_sentence_before_the_work(writer, wrong, tmp_path, monkeypatch):
+    """F14: which parameter, what was got, what to do; nothing of free disk space."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "this").mkdir()
+    (tmp_path / "this/file").write_text("mine")
+    with pytest.raises(InputError) as caught:
+        WRITERS[writer](WRONG[wrong])
+    said = str(caught.value)
+    assert said.startswith("out_dir ") and "Give the path of a folder that can be written into." in said
+    assert "MB" not in said and ".partial" not in said and "\0" not in said and len(said) < 300
+    assert (tmp_path / "this/file").read_text() == "mine" and len(list(tmp_path.rglob("*"))) == 2
+
+
+def test_f14_a_disk_that_cannot_be_written_is_told_before_the_work(tmp_path, monkeypatch):
+    """F14: the system's words for it, under the name of the parameter."""
+
+    def refuses(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.mkdtemp", refuses)
+    with pytest.raises(InputError, match=r"out_dir .*nothing can be written there \(Permission denied\). Give the path"):
+        register(FILES["fixed"], FILES["moving"], **QUICK, out_dir=tmp_path)

@@ -79,6 +79,38 @@ def test_C10_X21_a_gpu_that_is_full_sends_to_the_processor(monkeypatch):
         check_memory("register", box(200, 200, 200), box(200, 200, 200), 1.0, True, torch.device("cuda"))
 
 
+def test_C10_X21_a_gpu_in_a_computer_that_is_full_is_refused_too(monkeypatch):
+    """C10, X21: images are read before they go there; smaller voxels of the working grid do not help, and neither does the processor."""
+    monkeypatch.setattr(memory, "free_gb", lambda device: 50.0 if device.type == "cuda" else 0.6)
+    pair = box(200, 200, 200), box(200, 200, 200)
+    with pytest.raises(MemoryError, match=r"the images, before they go to cuda.*0.6 GB are free on cpu.*Crop Volume.*a computer with 1 GB") as caught:
+        check_memory("register", *pair, 1.0, True, torch.device("cuda"))
+    assert "device=" not in str(caught.value) and "no spacing_mm up to 5 is enough" in str(caught.value)
+    monkeypatch.setattr(memory, "free_gb", lambda device: 50.0 if device.type == "cuda" else 0.9)
+    assert [line for line in check_memory("register", *pair, 1.0, True, torch.device("cuda")) if "smaller images need less" in line]
+
+
+@pytest.mark.parametrize(("said", "place", "names"), [
+    ("0::/\n", "", ("memory.max", "memory.current", "inactive_file")),
+    ("0::/slurm/job_7/step_0\n", "slurm/job_7", ("memory.max", "memory.current", "inactive_file")),
+    ("9:cpu,cpuacct:/x\n7:memory:/docker/ab:cd\n0::/x\n", "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")),
+    ("7:memory:/slurm/job_7/step_0\n", "memory/slurm/job_7", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")),
+])  # fmt: skip
+def test_C10_X21_the_limit_of_a_container_or_a_job_counts(tmp_path, monkeypatch, said, place, names):
+    """C10, X21: of both versions of control groups, of the group itself or one around it; files that nobody reads can be given back."""
+    (tmp_path / "said").write_text(said)
+    folder = tmp_path / "groups" / place
+    folder.mkdir(parents=True)
+    for name, text in zip((*names[:2], "memory.stat"), ("3000000000", "2500000000", f"rss 9\n{names[2]} 100000000\n"), strict=True):
+        (folder / name).write_text(text)
+    groups = memory.control_groups(tmp_path / "said", tmp_path / "groups")
+    assert folder in groups and min(map(memory.left_gb, groups)) == pytest.approx(0.6)
+    monkeypatch.setattr(memory, "control_groups", lambda: groups)
+    assert memory.free_gb(CPU) == pytest.approx(0.6)
+    (folder / names[0]).write_text("max\n" if names[0] == "memory.max" else "9223372036854771712\n")
+    assert memory.free_gb(CPU) > 0.6
+
+
 def test_C10_X21_the_working_grid_of_the_samples_is_foreseen():
     """C10, X21: never more than a fifth off in voxels, oblique and thick slices too, before and after the labels are known."""
     for name in ("easy_0", "clinical_0"):

@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spinereg.files.labels import VERTEBRAE
+from spinereg.files.problems import InputError, here
 from spinereg.learning import fit as fitting
 from spinereg.learning.cases import PrepareCase, find_cases
 from spinereg.learning.crops import case_dataset
@@ -166,6 +167,30 @@ def test_c12_kill_at_any_moment_leaves_a_checkpoint_that_can_be_gone_on_from(qui
         done = epoch
     fitted = fit(out_dir=tmp_path / "out", epochs_similarity=done + 1, epochs_rigidity=0, resume=True, **quick)
     assert fitted.epochs.epoch.tolist() == list(range(1, done + 2)) and len(fitted.steps) == 2 * (done + 1)
+
+
+def test_c12_nothing_of_somebody_is_overwritten_by_a_training(four, quick, tmp_path):
+    """C12: weights that were copied into the folder, or that it starts from, and tables of somebody; all refused before the first case is read."""
+    shutil.copy(four[0] / "best.safetensors", tmp_path)
+    (tmp_path / "steps.csv").write_text("day,steps\nMonday,9000\n")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    given = quick | {"data_dir": "no such data", "out_dir": tmp_path}
+    with pytest.raises(InputError, match=r"out_dir .*: best.safetensors, steps.csv would be replaced, and no training into this folder wrote that"):
+        fit(**given)
+    for start in (tmp_path, tmp_path / "best.safetensors"):
+        with pytest.raises(InputError, match=r"best.safetensors in it would be replaced, and the training starts from that. Give another folder"):
+            fit(**given, start=start)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_c12_what_a_killed_training_left_aside_is_removed_even_when_nothing_is_left_to_do(quick, four):
+    """C12, D-kill: beside the prepared cases too."""
+    dead = f".partial-99999999-1-{here()}-a"
+    cache = quick["cache_dir"]
+    for folder in (four[0], cache):
+        (folder / dead).mkdir()
+    fit(out_dir=four[0], epochs_similarity=2, epochs_rigidity=2, resume=True, **quick)
+    assert not (four[0] / dead).exists() and not (cache / dead).exists()
 
 
 def test_a_training_is_never_overwritten_and_never_resumed_at_another_voxel_size(four, quick):

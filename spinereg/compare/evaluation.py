@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from .elastix import register_elastix
 from ..files.manifest import MANIFEST, result_files
-from ..files.problems import InputError, InputFile, Problem, path_in, user_path, write_atomic
+from ..files.problems import InputError, InputFile, Problem, check_folder, path_in, shown, user_path, write_atomic
 from ..learning.cases import FILES, Case, find_cases
 from ..measure.pictures import Picture
 from ..registration.networks import find_weights
@@ -51,26 +51,28 @@ def is_done(
     try:
         with result_files(InputFile("result", folder), "*") as files:
             then = json.loads(record.read_text("utf-8"))["parameters"] if record in files else None
-    except InputError:  # not whole, or changed since
+        newest = max((user_path(file).stat().st_mtime for file in input_files(given)), default=0.0)
+    except (InputError, OSError, ValueError, KeyError, TypeError):  # not whole, changed since, or no record of ours; an input that is not there
         return False
     if then is None:
         return False
     arguments = {name: parameter.default for name, parameter in inspect.signature(function).parameters.items() if name not in ("out_dir", "on_step")}
     wanted = json.loads(json.dumps(arguments | dict(given), default=str))
     same = wanted == {name: value for name, value in then.items() if name not in ("out_dir", "itk_elastix", "taken")}
-    return same and all(user_path(file).stat().st_mtime <= record.stat().st_mtime for file in input_files(given))
+    return same and newest <= record.stat().st_mtime
 
 # %% ../../nbs/61_compare.evaluation.ipynb #67bba0c9
 def register_case(
     case: Case,
     parameters: Mapping[str, object],  # of `register`; with method="elastix", of `register_elastix`
-    folder: Path,  # for the result files
+    run: Path,  # gets a folder of the case's name for the result files
 ) -> str:  # empty, or what went wrong
     "Register a case as a run says, unless that has been done."
     function, given = register, case.files() | dict(parameters)
     if given.get("method") == "elastix":
         function, given = register_elastix, {name: value for name, value in given.items() if name != "method"}
     try:
+        folder = path_in(run, case.name, "case")
         if not is_done(given, function, folder):
             with contextlib.redirect_stdout(io.StringIO()):
                 function(**given, out_dir=folder)
@@ -216,13 +218,12 @@ def register_runs(
     runs: Mapping[str, Mapping[str, object] | str | Path],  # as of `evaluate_runs`
     cases: Sequence[Case],
     folders: Mapping[str, Path],  # from `run_folders`; result files go to a folder of the case's name in that of the run
-) -> dict[tuple[str, str], str]:  # run and case -> what went wrong
+) -> dict[tuple[str, str], str]:  # run and case, as it can be written -> what went wrong
     "Register all cases in all ways that are not there already."
     computed, errors = [name for name, run in runs.items() if isinstance(run, Mapping)], {}
-    work = [(name, case, path_in(folders[name], case.name, "case")) for name in computed for case in cases]
-    for name, case, folder in tqdm(work, "registrations", bar_format=PROGRESS, mininterval=5, file=sys.stdout):
-        if error := register_case(case, runs[name], folder):
-            errors[name, case.name] = error
+    for name, case in tqdm(list(itertools.product(computed, cases)), "registrations", bar_format=PROGRESS, mininterval=5, file=sys.stdout):
+        if error := register_case(case, runs[name], folders[name]):
+            errors[name, shown(case.name)] = shown(error)
     for (name, case), error in errors.items():
         print(f"{name}, {case} failed: {error}")
     return errors
@@ -258,6 +259,7 @@ def evaluate_runs(
     baseline: str | None = None,  # the run the others are compared with; the first when None
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:  # a row per run and case; per run, case and vertebra; per run and figure
     "Register all cases in all ways, and compare."
+    check_folder("out_dir", out_dir)
     folders, out_dir, baseline = run_folders(runs, out_dir), user_path(out_dir), baseline or next(iter(runs))
     if baseline not in runs:
         raise ValueError(f"evaluate_runs: baseline={baseline!r}: expected one of {', '.join(runs)}")
@@ -265,7 +267,7 @@ def evaluate_runs(
     if not found:
         raise ValueError(f"evaluate_runs: {findings[-1].reason}. {findings[-1].fix}")
     errors = register_runs(runs, found, folders)
-    cases, vertebrae = read_runs(folders, [case.name for case in found], errors)
+    cases, vertebrae = read_runs(folders, [shown(case.name) for case in found], errors)
     summary = compare_runs(cases, FIGURES, baseline)
     for name, table in (("cases", cases), ("vertebrae", vertebrae), ("summary", summary.reset_index())):
         write_atomic(out_dir / f"{name}.csv", partial(table.to_csv, index=False))

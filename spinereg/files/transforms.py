@@ -26,7 +26,7 @@ from .itk import itk_path, parts_of, read_checked
 from .labels import VERTEBRAE
 from .manifest import result_files
 from .nifti import itk_to_ras
-from .problems import InputFile, shown, user_path, write_atomic
+from .problems import InputFile, path_in, shown, user_path, write_atomic
 from ..space.fields import along_axes, compose, invert, warp, world_vectors
 from ..space.geometry import FLIP, Grid, crop_grid, sample_index, transform_points
 from ..space.polyrigid import DistanceMap, Polyrigid, distance_map, hold_bone, near_bone
@@ -165,7 +165,7 @@ def write_motions(
     place = user_path(folder) / "vertebrae"
     place.mkdir(exist_ok=True)
     for name, motion in motions.items():
-        write_itk(place / f"{name}.tfm", itk_affine(motion))
+        write_itk(path_in(place, f"{name}.tfm", "vertebra"), itk_affine(motion))
 
 # %% ../../nbs/15_files.transforms.ipynb #4ccda330
 def linear_matrix(

@@ -24,8 +24,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..files.labels import VERTEBRAE
+from ..files.manifest import check_out
 from ..files.pairs import Pair
-from ..files.problems import InputError, Notice, Problem, check_out, shown, user_path, write_atomic
+from ..files.problems import InputError, Notice, Problem, check_folder, shown, user_path, write_atomic
 from ..files.volumes import Labels
 from ..losses.similarity import SIMILARITIES
 from ..registration.prealign import numbering_fault
@@ -291,6 +292,7 @@ def check(
 ) -> pd.DataFrame:  # a row per finding: kind, case, file, key, reason, fix; problems first
     "Read every voxel of every case; list in one table what is wrong, what is odd, and what would be used."
     if out_dir is not None:
+        check_folder("out_dir", out_dir)
         check_out("out_dir", Path(out_dir) / "check.csv", (".csv",))
     splits = [splits] if isinstance(splits, str) else splits
     found = [find_cases(data_dir, split) for split in splits]

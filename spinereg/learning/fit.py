@@ -26,9 +26,18 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from ..files.problems import user_path
+from ..files.problems import remove_left, user_path
 from .cases import REACH, PrepareCase
-from .checkpoint import Records, epoch_row, keep_weights, read_checkpoint, read_records, restore, save_checkpoint
+from spinereg.learning.checkpoint import (
+    Records,
+    check_training_room,
+    epoch_row,
+    keep_weights,
+    read_checkpoint,
+    read_records,
+    restore,
+    save_checkpoint,
+)
 from .crops import Crops, Split, crop_transform, cut_crop, prepare_splits
 from .learner import Learner, Stage, make_accelerator, make_learner, train_epoch
 from .validate import learns_nothing, look_at, rank, rigidity_limit_mm, validate
@@ -233,6 +242,7 @@ def begin(
     "A training that is about to take its first step, or the next."
     from accelerate.utils import broadcast_object_list
 
+    check_training_room(given.out_dir, given.start)
     learner, out_dir = first_learner(given), user_path(given.out_dir)
     [there] = broadcast_object_list([(out_dir / "last.pt").is_file()])
     if there and not resume:
@@ -242,6 +252,7 @@ def begin(
     reach = max(REACH, similarity_of(given.similarity).reach)
     prepare_case = PrepareCase(given.spacing_mm, given.prealign, given.moving_scheme, given.fixed_scheme, reach=reach)
     kept = given.cache, given.cache_dir or out_dir / "prepared", given.workers
+    remove_left(user_path(kept[1]))
     accelerator = learner.accelerator
     with accelerator.main_process_first(), contextlib.redirect_stdout(sys.stdout if accelerator.is_main_process else io.StringIO()):
         train, val = prepare_splits(given.data_dir, prepare_case, *kept)

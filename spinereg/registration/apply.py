@@ -15,9 +15,10 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
+from ..files.manifest import check_out
 from ..files.nifti import ImageLike, read_nifti, write_image
 from ..files.points import AXES, is_points, read_points, write_points
-from ..files.problems import InputFile, Notice, check_out
+from ..files.problems import InputFile, Notice
 from ..files.transforms import SpineTransform, read_transform
 from ..files.volumes import image_of, is_label_map, whole_numbers
 from .run import one_of, refuse

@@ -34,7 +34,7 @@ from .networks import Trained, load_network, predict
 from .optimise import Optimised, make_transform, optimise
 from .prealign import RigidStart, prealign_fault, rigid_start
 from .report import Metrics, RunRecord
-from .results import RESULT_FILES, Registration, measure_all
+from .results import RESULT_FILES, Registration, files_read, measure_all
 from .rigidify import rigid_in_bone
 from spinereg.registration.run import (
     Clock,
@@ -297,7 +297,7 @@ def prepare(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     if inputs.out_dir is not None:
-        check_room(inputs.out_dir, RESULT_FILES, vars(inputs).values())
+        check_room(inputs.out_dir, RESULT_FILES, files_read(vars(inputs)))
     grids = header_grid(inputs.fixed), header_grid(inputs.moving)
     for line in check_memory(inputs.caller, *grids, inputs.spacing_mm, inputs.moving_labels is not None, device):
         tell(line)

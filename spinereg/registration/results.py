@@ -6,11 +6,12 @@
 __all__ = ['IMAGE_FILES', 'FIGURE_FILES', 'RESULT_FILES', 'pose_table', 'vertebra_table', 'touches_border', 'rigidity_means',
            'released_percent', 'held_by_own', 'BoneFigures', 'measure_bones', 'Compared', 'compare_labels',
            'measure_labels', 'measure_landmarks', 'measure_likeness', 'measure_field', 'view_of', 'Measured',
-           'measure_all', 'Registration', 'write_figures', 'write_images', 'save']
+           'measure_all', 'Registration', 'files_read', 'write_figures', 'write_images', 'not_saved', 'save']
 
 # %% ../../nbs/46_registration.results.ipynb #5e830d6b
 import errno
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from torch import Tensor
 from ..files.manifest import check_room, write_result
 from ..files.nifti import write_image
 from ..files.pairs import Pair
-from ..files.problems import user_path, write_atomic
+from ..files.problems import InputError, user_path, write_atomic
 from ..files.transforms import TRANSFORM_FILES, SpineTransform, write_motions, write_transform
 from ..files.volumes import Labels, renumber, write_labels
 from ..losses.bone import bone_voxels, rigid_motions, rigid_residual_mm
@@ -369,6 +370,13 @@ IMAGE_FILES, FIGURE_FILES = ("disp.nii.gz", "moved.nii.gz", "moved_labels.nii.gz
 RESULT_FILES = (*TRANSFORM_FILES, *IMAGE_FILES, *FIGURE_FILES)  # at most
 
 
+def files_read(
+    parameters: Mapping[str, object],  # of a registration
+) -> list[object]:  # paths, and what is none
+    "What is given to a registration that it may read and its result replace; weights have names of their own."
+    return [value for name, value in parameters.items() if name not in ("out_dir", "weights")]
+
+
 def write_figures(
     result: Registration,
     folder: Path,
@@ -397,21 +405,33 @@ def write_images(
         write_labels(folder / "moved_labels.nii.gz", result.moved_labels, result.pair.moving_labels.values, native)
 
 # %% ../../nbs/46_registration.results.ipynb #c46a0003
+def not_saved(
+    result: Registration,
+    out_dir: str | Path,
+    error: OSError | InputError,  # what was in the way
+) -> OSError | InputError:  # to be raised
+    "The error for a result that could not be written, with the result."
+    kept = "it is kept in memory: error.result.save(another folder), in a notebook sys.last_value.result.save(another folder)"
+    if isinstance(error, InputError):
+        failed = InputError(*(problem._replace(fix=f"{problem.fix} The result is not lost, {kept}.") for problem in error.problems))
+    else:
+        most = (16 * result.transform.disp.numel() + 20 * result.moved.numel()) / 1e6 + 1
+        said = f"{error.strerror or error}; all files of the result take up to {most:.0f} MB"
+        failed = OSError(error.errno or errno.EIO, f"{said}; {kept}", error.filename or str(out_dir))
+    failed.result = result
+    return failed
+
+
 def save(
     result: Registration,
     out_dir: str | Path,  # made when missing
 ) -> Path:
-    "Write every result file into a folder: all of them aside first, then each in its place. An OSError has the result as its `result`."
-    check_room(out_dir, RESULT_FILES)
+    "Write every result file into a folder: all of them aside first, then each in its place. An error has the result as its `result`."
     try:
-        with write_result(out_dir) as aside:
+        check_room(out_dir, RESULT_FILES, files_read(result.metrics.parameters))
+        with write_result(out_dir, RESULT_FILES) as aside:
             write_images(result, aside)
             write_figures(result, aside)
-    except OSError as error:
-        most = (16 * result.transform.disp.numel() + 20 * result.moved.numel()) / 1e6 + 1
-        said = f"{error.strerror or error}; all files of the result take up to {most:.0f} MB"
-        kept = "it is kept in memory: error.result.save(another folder), in a notebook sys.last_value.result.save(another folder)"
-        failed = OSError(error.errno or errno.EIO, f"{said}; {kept}", error.filename or str(out_dir))
-        failed.result = result
-        raise failed from error
+    except (OSError, InputError) as error:
+        raise not_saved(result, out_dir, error) from error
     return user_path(out_dir)

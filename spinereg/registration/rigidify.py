@@ -197,7 +197,7 @@ def rigidify(
     refuse("rigidify", [in_range("spacing_mm", spacing_mm, 0.2, 5)])
     if out_dir is not None:
         maps = [transform] if isinstance(transform, (str, Path)) else [] if isinstance(transform, SpineTransform) else transform
-        check_room(out_dir, TRANSFORM_FILES, (moving_labels, fixed, *maps, *(Path(path) / "transform.h5" for path in maps)))
+        check_room(out_dir, TRANSFORM_FILES, (moving_labels, fixed, *maps))
     labels = read_labels(moving_labels, moving_scheme, name="moving_labels", keep_doubtful=keep_doubtful)
     grid = None if fixed is None else respace_grid(read_nifti(InputFile("fixed", fixed))[1].grid, spacing_mm)
     given = transform if isinstance(transform, SpineTransform) else read_map(transform, grid)
@@ -205,7 +205,7 @@ def rigidify(
     found = rigid_in_bone(given, labels, given.grid if grid is None else grid)
     print(*found.notices, sep="\n")
     if out_dir is not None:
-        with write_result(out_dir) as aside:
+        with write_result(out_dir, TRANSFORM_FILES) as aside:
             write_transform(aside, found.transform)
             write_motions(aside, found.motions)
         print(f"written to {out_dir}")

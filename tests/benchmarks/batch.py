@@ -102,11 +102,12 @@ def left_over():
 def night(top):
     cases, out = write_cases(top / "sixty", 60, 4), top / "night"
     words = ("batch", "register", "--cases", cases, "--out", out, "--jobs", 2, *QUICK)
-    seconds, status, said = run(*words)
+    seconds, status, _ = run(*words)
     table = pd.read_csv(out / "cases.csv")
     failed = table[table.status == "failed"]
     page_mb = (out / "report.html").stat().st_size / 1e6
-    row("60 cases, 2 workers, 4 broken", "56 done, 4 explained, status not 0", f"{states(out)}, status {status}, {seconds:.0f} s, report {page_mb:.1f} MB")
+    got = f"{states(out)}, status {status}, {seconds:.0f} s, report {page_mb:.1f} MB"
+    row("60 cases, 2 workers, 4 broken", "56 done, 4 explained, status not 0", got)
     for _, case in failed.iterrows():
         print("   ", case.case, "|", case.stage, "|", str(case.error)[:140], "|", case.hint)
     seconds, status, said = run(*words)
@@ -129,7 +130,8 @@ def overhead(top):
     bare = time.monotonic() - start
     shutil.rmtree(top / "one", ignore_errors=True)
     seconds, status, _ = run("batch", "register", "--cases", cases, "--out", top / "one", "--jobs", 1, *QUICK)
-    row("8 cases by the runner over 8 papermill commands", "<= 1.10", f"{seconds:.0f} / {bare:.0f} s = {seconds / bare:.2f} (status {status}), the report included")
+    got = f"{seconds:.0f} / {bare:.0f} s = {seconds / bare:.2f} (status {status}), the report included"
+    row("8 cases by the runner over 8 papermill commands", "<= 1.10", got)
 
 
 def workers(top):
@@ -200,7 +202,8 @@ def slurm(top):
     out, script = top / "slurm/out", top / "slurm/array.sh"
     words = ("batch", *app, "--out", out, "--slurm", script, "--per_task", 4)
     print("   ", run(*words)[2].strip())
-    tasks = [subprocess.Popen(["bash", script], env=ONE | {"SLURM_ARRAY_TASK_ID": str(n)}, stdout=subprocess.DEVNULL) for n in range(10)]
+    quiet = {"stdout": subprocess.DEVNULL}
+    tasks = [subprocess.Popen(["bash", script], env=ONE | {"SLURM_ARRAY_TASK_ID": str(n)}, **quiet) for n in range(10)]
     time.sleep(15)
     for task in tasks[2:5]:
         task.kill()
@@ -208,8 +211,10 @@ def slurm(top):
     first = states(out)
     print("   ", said := run(*words)[2].strip())
     left = int(said.split(" of ")[0]) if said[0].isdigit() else 0
-    [subprocess.run(["bash", script], env=ONE | {"SLURM_ARRAY_TASK_ID": str(n)}, stdout=subprocess.DEVNULL, check=False) for n in range(-(-left // 4))]
-    row("40 cases by a SLURM array, 3 of 10 tasks killed", "40 done, by the same command", f"first {first}, then {states(out)}; {run(*words)[2].strip()}")
+    for n in range(-(-left // 4)):
+        subprocess.run(["bash", script], env=ONE | {"SLURM_ARRAY_TASK_ID": str(n)}, check=False, **quiet)
+    got = f"first {first}, then {states(out)}; {run(*words)[2].strip()}"
+    row("40 cases by a SLURM array, 3 of 10 tasks killed", "40 done, by the same command", got)
 
 
 def records_of(out):
@@ -220,7 +225,7 @@ def killed(folder, what, moment):
     "One batch of six jobs, a kill, and the same command again: lost cases, complete ones redone, half ones, processes left."
     out = folder / "out"
     shutil.rmtree(folder, ignore_errors=True)
-    body = "import pathlib, time\nfor n in range(20): time.sleep(0.1)\npathlib.Path(out_dir, 'result.txt').write_text('whole')"
+    body = "import pathlib, time\ntime.sleep(2)\npathlib.Path(out_dir, 'result.txt').write_text('whole')"
     words = ("batch", *tiny(folder / "app.ipynb", body, [(f"case_{n}", "x") for n in range(6)]), "--out", out, "--jobs", 2)
     batch = run(*words, wait=False)
     while not list(out.glob("*/job.json")):
