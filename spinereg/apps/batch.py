@@ -49,10 +49,14 @@ def share_machine(
     gpus: tuple[str, ...] = (),
 ) -> tuple[int, Limits]:  # jobs at once, and what each may take
     "Divide a machine among jobs."
+    import torch
+
+    from spinereg.registration.memory import free_gb
+
     processors = len(psutil.Process().cpu_affinity()) if psutil.LINUX else os.cpu_count()
-    total_gb = psutil.virtual_memory().total / 1e9
-    jobs = jobs or len(gpus) or max(1, min(processors, int(total_gb / (memory_gb or NEED_GB))))
-    return jobs, Limits(max(1, processors // jobs), memory_gb or 0.95 * total_gb / jobs, gpus)
+    there_gb = 0.95 * free_gb(torch.device("cpu"))
+    jobs = jobs or len(gpus) or max(1, min(processors, int(there_gb / (memory_gb or NEED_GB))))
+    return jobs, Limits(max(1, processors // jobs), memory_gb or there_gb / jobs, gpus)
 
 # %% ../../nbs/94_apps.batch.ipynb #d4ab0772
 @contextmanager
