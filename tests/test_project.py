@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
 APPS = [path for path in NOTEBOOKS if path.parent.name == "apps"]
 MODULES = sorted((ROOT / "spinereg").rglob("*.py"))
-FLOORS = ("space", "files", "losses", "measure", "registration", "learning", "compare", "interactive", "phantom", "apps")
+FLOORS = ("space", "files", "losses", "measure", "registration", "learning", "compare", "interactive", "phantom", "apps batch")
 TOP_LEVEL = {
     *("nbs", "spinereg", "data_samples", "tests", "settings.ini", "setup.py", "README.md"),
     *("Makefile", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", "constraints.txt"),
@@ -161,7 +161,7 @@ BOOK = [path for path in NOTEBOOKS if re.match(r"\d", path.name)]
 def test_notebook_is_named_after_its_floor_and_module(path):
     """`43_registration.optimise.ipynb` defines `spinereg.registration.optimise`; the first digit is the floor; `41a` comes after `41`."""
     number, floor, module = re.fullmatch(r"(\d\d[a-z]?)_(\w+)\.(\w+)", path.stem).groups()
-    assert FLOORS.index(floor) == int(number[0])
+    assert floor in FLOORS[int(number[0])].split()
     assert re.findall(r"#\| default_exp (\w+\.\w+)", path.read_text("utf-8")) == [f"{floor}.{module}"]
 
 
@@ -329,7 +329,7 @@ def metadata(site):
 def test_wheel_carries_modules_and_apps_and_needs_no_tools(site, metadata):
     """E1: unpacked elsewhere, `spinereg.apps.paths` finds the notebooks."""
     held = {path.relative_to(site / "spinereg").as_posix() for path in (site / "spinereg").rglob("*") if path.is_file()}
-    carried = [*MODULES, *(ROOT / "spinereg/interactive/static").iterdir()]
+    carried = [*MODULES, *(ROOT / "spinereg").glob("*/static/*")]
     assert held == {path.relative_to(ROOT / "spinereg").as_posix() for path in carried} | {f"notebooks/{path.name}" for path in APPS}
     needed = {Requirement(line).name for line in metadata.get_all("Requires-Dist") if "extra ==" not in line}
     assert needed == {need.name for need in requirements("requirements")}
