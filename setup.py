@@ -44,5 +44,5 @@ setup(
     cmdclass={"sdist": SourceWithSettings},
     packages=[*find_packages(include=["spinereg", "spinereg.*"]), "spinereg.notebooks"],
     package_dir={"spinereg.notebooks": "nbs/apps"},
-    package_data={"spinereg.notebooks": ["*.ipynb"], "spinereg.interactive": ["static/*"]},
+    package_data={"spinereg.notebooks": ["*.ipynb"], "spinereg.interactive": ["static/*"], "spinereg.apps": ["static/*"]},
 )

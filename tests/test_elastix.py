@@ -329,7 +329,8 @@ def test_b5_penalty_halves_the_strain_of_bone_and_files_are_those_of_register(ca
     result = register_elastix(**case, out_dir=tmp_path)
     assert strain(result) < 0.5 * strain(free)
     found = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
-    whole = {"transform.h5", "inverse.h5", "disp.nii.gz", "moved.nii.gz", "moved_labels.nii.gz", "vertebrae.csv", "metrics.json", "overview.png"}
+    whole = {"transform.h5", "inverse.h5", "disp.nii.gz", "moved.nii.gz", "moved_labels.nii.gz", "vertebrae.csv"}
+    whole |= {"metrics.json", "overview.png", "planes.webp"}
     assert found == whole | {"history.csv", "manifest.json"} | {f"vertebrae/{name}.tfm" for name in result.vertebrae.index}
     assert result.metrics.parameters["itk_elastix"] == version("itk-elastix")
     assert list(free.history) == ["level_mm", "step", "similarity"]

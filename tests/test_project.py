@@ -329,7 +329,7 @@ def metadata(site):
 def test_wheel_carries_modules_and_apps_and_needs_no_tools(site, metadata):
     """E1: unpacked elsewhere, `spinereg.apps.paths` finds the notebooks."""
     held = {path.relative_to(site / "spinereg").as_posix() for path in (site / "spinereg").rglob("*") if path.is_file()}
-    carried = [*MODULES, *(ROOT / "spinereg/interactive/static").iterdir()]
+    carried = [*MODULES, *(ROOT / "spinereg").glob("*/static/*")]
     assert held == {path.relative_to(ROOT / "spinereg").as_posix() for path in carried} | {f"notebooks/{path.name}" for path in APPS}
     needed = {Requirement(line).name for line in metadata.get_all("Requires-Dist") if "extra ==" not in line}
     assert needed == {need.name for need in requirements("requirements")}

@@ -65,7 +65,8 @@ def test_E4_every_promised_file_is_there_and_nothing_else(done):
     """E4, C11, C13: transforms, images, labels, table, figures, pictures."""
     result, out = done
     found = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
-    names = {"transform.h5", "inverse.h5", "disp.nii.gz", "moved.nii.gz", "moved_labels.nii.gz", "vertebrae.csv", "metrics.json", "overview.png"}
+    names = {"transform.h5", "inverse.h5", "disp.nii.gz", "moved.nii.gz", "moved_labels.nii.gz", "vertebrae.csv"}
+    names |= {"metrics.json", "overview.png", "planes.webp"}
     assert found == names | {"history.csv", "manifest.json"} | {f"vertebrae/{name}.tfm" for name in result.vertebrae.index}
     metrics = json.loads((out / "metrics.json").read_text())
     assert {"field", "landmarks", "labels", "contacts", "motions", "prealign", "parameters", "seconds", "environment", "summary"} <= set(metrics)

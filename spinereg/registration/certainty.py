@@ -6,7 +6,7 @@
 __all__ = ['STEP', 'SCALE', 'FLOOR_DEG', 'FLOOR_MM', 'SHAKEN_MM', 'SHAKEN_DEG', 'RESTARTS', 'LEAST_ALIKE', 'LEAST_SHARE_ALIKE',
            'LEAST_BESIDE', 'MOST_DEG', 'MOST_MM', 'JOINT_MOST_DEG', 'JOINT_MOST_MM', 'MOST_RELEASED', 'LEAST_RATIO',
            'log_ratio', 'place_scores', 'centres_of', 'Ground', 'parts_of', 'ground', 'joint_information', 'Certainty',
-           'certainty', 'far_joints', 'restarts_mm', 'doubt_of', 'neighbours_place', 'level_ratios', 'Judged',
+           'certainty', 'far_joints', 'restarts_mm', 'Doubt', 'doubt_of', 'neighbours_place', 'level_ratios', 'Judged',
            'judge_bones']
 
 # %% ../../nbs/42b_registration.certainty.ipynb #c84dca92
@@ -224,6 +224,22 @@ JOINT_MOST_DEG, JOINT_MOST_MM = 22.0, 7.0  # what a joint does at most
 MOST_RELEASED = 25.0  # percent of a vertebra that gives way to others
 
 
+class Doubt(NamedTuple):
+    "What speaks against a result, or against a part of it."
+
+    reason: str  # in words
+    value: float | None = None  # what was measured; None where nothing was
+    threshold: float | None = None  # that it should not have passed
+    whole: bool = True  # whether the whole result is not to be trusted for it, and not a vertebra or two
+
+    def __str__(self):
+        return self.reason
+
+    def as_dict(self) -> dict:
+        "As `metrics.json` holds it."
+        return {"reason": self.reason, "value": self.value, "threshold": self.threshold, "concerns": "whole" if self.whole else "part"}
+
+
 def doubt_of(
     alike: float,
     best: float,  # of the vertebra that is most alike
@@ -234,22 +250,27 @@ def doubt_of(
     share: float,  # in view
     released_percent: float = 0.0,  # of it, where it would lie in another vertebra
     restarts_mm: float = 0.0,  # to where it is found from places nearby
-) -> str:  # empty where there is none
+) -> Doubt | None:
     "What speaks against a vertebra's motion."
+    least, part = max(LEAST_ALIKE, LEAST_SHARE_ALIKE * best), partial(Doubt, whole=False)
     if released_percent > MOST_RELEASED:
-        return f"in the place of another vertebra ({released_percent:.0f} % of it are not kept rigid for that)"
-    if alike < max(LEAST_ALIKE, LEAST_SHARE_ALIKE * best):
-        return f"hardly alike in the two images (local correlation {alike:.2f}; the best vertebra {best:.2f})"
+        reason = f"in the place of another vertebra ({released_percent:.0f} % of it are not kept rigid for that)"
+        return part(reason, released_percent, MOST_RELEASED)
+    if alike < least:
+        return part(f"hardly alike in the two images (local correlation {alike:.2f}; the best vertebra {best:.2f})", alike, least)
     if alike < LEAST_BESIDE * beside:
-        return f"less alike in the two images than its neighbours (local correlation {alike:.2f}; they {beside:.2f} or more)"
+        reason = f"less alike in the two images than its neighbours (local correlation {alike:.2f}; they {beside:.2f} or more)"
+        return part(reason, alike, LEAST_BESIDE * beside)
     if error_mm > MOST_MM or error_deg > MOST_DEG:
-        return f"left open by the images, by some {error_mm:.1f} mm and {error_deg:.0f} degrees ({share:.0%} of it and its surroundings in view)"
+        open_by = f"by some {error_mm:.1f} mm and {error_deg:.0f} degrees ({share:.0%} of it and its surroundings in view)"
+        return part(f"left open by the images, {open_by}", *((error_mm, MOST_MM) if error_mm > MOST_MM else (error_deg, MOST_DEG)))
     if restarts_mm > MOST_MM:
-        return f"found up to {restarts_mm:.1f} mm away when looked for again from places nearby"
+        return part(f"found up to {restarts_mm:.1f} mm away when looked for again from places nearby", restarts_mm, MOST_MM)
     for name, (turn, shift) in joints.items():
         if turn > JOINT_MOST_DEG or shift > JOINT_MOST_MM:
-            return f"moved against {name} by {turn:.0f} degrees and {shift:.1f} mm at their joint, more than a joint does"
-    return ""
+            reason = f"moved against {name} by {turn:.0f} degrees and {shift:.1f} mm at their joint, more than a joint does"
+            return part(reason, *((turn, JOINT_MOST_DEG) if turn > JOINT_MOST_DEG else (shift, JOINT_MOST_MM)))
+    return None
 
 # %% ../../nbs/42b_registration.certainty.ipynb #42b1e002
 def neighbours_place(
@@ -304,7 +325,7 @@ def level_ratios(
 class Judged(NamedTuple):
     "What is thought of the vertebrae."
 
-    table: pd.DataFrame  # a row per vertebra: alike, error_mm, error_deg, doubt (empty where there is none)
+    table: pd.DataFrame  # a row per vertebra: alike, error_mm, error_deg, doubt (empty where there is none), its value and limit
     covariance: dict[str, np.ndarray]  # (6, 6) of each: turns (degrees) and shifts of the centre (mm) along the fixed world's axes
     levels: dict[str, float]  # how much more alike bone is here than a level "down" and "up"
 
@@ -331,7 +352,9 @@ def judge_bones(
         beside = min((float(found.alike[other]) for other in others if found.share[other] >= 0.5), default=0.0)
         given = alike, best, beside, error_mm, error_deg, joints, float(found.share[k]), (released_percent or {}).get(names[k], 0.0)
         given += (again(k) if error_mm > MOST_MM / 2 or error_deg > MOST_DEG / 2 else 0.0,)
-        rows.append((*figures, doubt_of(*given)))
-    table = pd.DataFrame(rows, columns=["alike", "error_mm", "error_deg", "doubt"], index=pd.Index(names, name="vertebra"))
+        doubt = doubt_of(*given) or Doubt("")
+        rows.append((*figures, doubt.reason, doubt.value, doubt.threshold))
+    columns = ["alike", "error_mm", "error_deg", "doubt", "doubt_value", "doubt_limit"]
+    table = pd.DataFrame(rows, columns=columns, index=pd.Index(names, name="vertebra")).astype({"doubt_value": float, "doubt_limit": float})
     levels = level_ratios(fixed, moving, labels.data.to(device), numbers, torch.linalg.inv(poses).to(moving.image), found.share)
     return Judged(table, dict(zip(names, found.covariance.cpu().numpy())), levels)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FieldFigures', 'Likeness', 'LandmarkGain', 'LabelFigures', 'RigidityMeans', 'RunRecord', 'Figures', 'plain_table',
            'Metrics', 'certainty_of', 'vertebra_doubts', 'level_doubts', 'marked', 'start_doubts', 'label_doubts',
-           'landmark_doubts', 'image_doubts', 'map_doubts', 'doubts', 'say_vertebrae', 'say_map', 'say_measured',
-           'summarise', 'vertebra_columns', 'main_figures']
+           'landmark_doubts', 'image_doubts', 'map_doubts', 'doubts', 'verdict', 'say_vertebrae', 'say_map',
+           'say_measured', 'summarise', 'vertebra_columns', 'main_figures']
 
 # %% ../../nbs/45_registration.report.ipynb #fa53dec7
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ import pandas as pd
 from ..files.problems import Notice
 from ..measure.metrics import Diffeomorphism, LandmarkError, MeanAgreement, Regularity, RoundTrip
 from ..measure.motion import Contact
-from .certainty import LEAST_RATIO
+from .certainty import LEAST_RATIO, Doubt
 from .prealign import RigidStart
 from .run import Environment, WeightChange
 
@@ -161,7 +161,9 @@ class Metrics(Figures):
             "levels": dict(self.levels),
             "run": self.run.as_dict(),
             "summary": summarise(self),
-            "doubts": doubts(self),
+            "verdict": verdict(doubts(self)),
+            "doubts": [str(doubt) for doubt in doubts(self)],
+            "verdicts": [doubt.as_dict() for doubt in doubts(self)],
             "notices": [notice._asdict() for notice in self.notices],
             "prealign": self.prealign.as_dict(),
             "parameters": {name: _plain(value) for name, value in self.parameters.items()},
@@ -181,18 +183,19 @@ def _plain(value: object) -> object:
     return value if isinstance(value, (int, float, list, tuple, dict, type(None))) else str(value)
 
 # %% ../../nbs/45_registration.report.ipynb #6d1f0a02
-def vertebra_doubts(vertebrae: pd.DataFrame) -> list[str]:
+def vertebra_doubts(vertebrae: pd.DataFrame) -> list[Doubt]:
     "Vertebrae that may be in the wrong place, the least sure first."
     if "doubt" not in vertebrae:
         return []
     doubted = vertebrae[vertebrae.doubt != ""].sort_values("error_mm", ascending=False)
-    return [f"{name} is {doubt}" for name, doubt in doubted.doubt.items()]
+    return [Doubt(f"{row.Index} is {row.doubt}", row.doubt_value, row.doubt_limit, whole=False) for row in doubted.itertuples()]
 
 
-def level_doubts(levels: Mapping[str, float]) -> list[str]:
+def level_doubts(levels: Mapping[str, float]) -> list[Doubt]:
     "A spine that would lie as well one level off."
     near = {way: ratio for way, ratio in levels.items() if ratio < LEAST_RATIO}
-    return [f"bone is as alike one level {way} (its likeness here is {ratio:.2f} of that there)" for way, ratio in near.items()]
+    said = "bone is as alike one level {} (its likeness here is {:.2f} of that there)"
+    return [Doubt(said.format(way, ratio), ratio, LEAST_RATIO) for way, ratio in near.items()]
 
 
 def marked(names: Sequence[str], vertebrae: pd.DataFrame) -> tuple[str, ...]:
@@ -201,54 +204,64 @@ def marked(names: Sequence[str], vertebrae: pd.DataFrame) -> tuple[str, ...]:
     return tuple(f"{name} ?" if name in doubted else name for name in names)
 
 # %% ../../nbs/45_registration.report.ipynb #b61f737e
-def start_doubts(start: RigidStart) -> list[str]:
-    "A rigid start that is not sure."
-    return [notice.text for notice in start.notices]
+def start_doubts(start: RigidStart) -> list[Doubt]:
+    "A rigid start that is not sure; of a search, by how much."
+    figures = {"prealign": (start.confidence, 1.0)}
+    return [Doubt(notice.text, *figures.get(notice.name, ())) for notice in start.notices]
 
 
-def label_doubts(labels: LabelFigures | None) -> list[str]:
+def label_doubts(labels: LabelFigures | None) -> list[Doubt]:
     "Vertebrae that are gone, and labels that overlap less than they should."
     found = []
     if labels and labels.missing:
-        found.append(f"{len(labels.missing)} fixed vertebrae ({', '.join(labels.missing)}) have no counterpart at all (n_missing)")
-    if labels and labels.now and labels.now.dice < max(0.5, labels.start_dice - 0.01, labels.prealigned_dice - 0.01):
+        n, names = len(labels.missing), ", ".join(labels.missing)
+        found.append(Doubt(f"{n} fixed vertebrae ({names}) have no counterpart at all (n_missing)", n, 0))
+    if labels and labels.now and labels.now.dice < (least := max(0.5, labels.start_dice - 0.01, labels.prealigned_dice - 0.01)):
         before = f"{labels.start_dice:.2f} by the headers, {labels.prealigned_dice:.2f} after pre-alignment"
-        found.append(f"the Dice with the fixed labels is {labels.now.dice:.2f} ({before})")
+        found.append(Doubt(f"the Dice with the fixed labels is {labels.now.dice:.2f} ({before})", labels.now.dice, least))
     return found
 
 
-def landmark_doubts(landmarks: tuple[LandmarkGain, ...]) -> list[str]:
+def landmark_doubts(landmarks: tuple[LandmarkGain, ...]) -> list[Doubt]:
     "Groups of landmarks that are further apart than before."
-    told = [(gain, 0.1 + min(gain.start_mean_mm, gain.prealigned_mean_mm)) for gain in landmarks if gain.now.group in ("bone", "soft tissue")]
-    return [f"landmarks on {gain.now.group} are further apart than before" for gain, before_mm in told if gain.now.mean_mm > before_mm]
+    told = [(gain.now, 0.1 + min(gain.start_mean_mm, gain.prealigned_mean_mm)) for gain in landmarks if gain.now.group in ("bone", "soft tissue")]
+    return [Doubt(f"landmarks on {now.group} are further apart than before", now.mean_mm, most) for now, most in told if now.mean_mm > most]
 
 
-def image_doubts(likeness: Likeness) -> list[str]:
+def image_doubts(likeness: Likeness) -> list[Doubt]:
     "Images that did not become alike."
     if likeness.now < likeness.prealigned:
-        return ["the images are less alike than after pre-alignment"]
-    return [f"the images are hardly alike (mean squared local correlation {likeness.now:.2f})"] if likeness.now < 0.1 else []
+        return [Doubt("the images are less alike than after pre-alignment", *likeness[::-1])]
+    words = f"the images are hardly alike (mean squared local correlation {likeness.now:.2f})"
+    return [Doubt(words, likeness.now, 0.1)] if likeness.now < 0.1 else []
 
-
-def map_doubts(metrics: Metrics) -> list[str]:
+# %% ../../nbs/45_registration.report.ipynb #a7c4add1
+def map_doubts(metrics: Metrics) -> list[Doubt]:
     "A map that folds, or was not found as the settings say."
     run, found = metrics.run, []
     if metrics.field.n_folds:
-        found.append("the map folds")
+        found.append(Doubt("the map folds", metrics.field.n_folds, 0))
     if run.stopped:
-        found.append(f"it was stopped after {run.steps} steps")
+        found.append(Doubt(f"it was stopped after {run.steps} steps", whole=False))
     if run.weights_changed:
-        found.append(f"weights were changed on the way ({', '.join(sorted({change.term for change in run.weights_changed}))})")
+        changed = ", ".join(sorted({change.term for change in run.weights_changed}))
+        found.append(Doubt(f"weights were changed on the way ({changed})", whole=False))
     return found
 
 
 def doubts(
     metrics: Metrics,
-) -> list[str]:
+) -> list[Doubt]:
     "What speaks against a result; empty where nothing that was measured does."
     measured = [*label_doubts(metrics.labels), *landmark_doubts(metrics.landmarks), *image_doubts(metrics.local_correlation)]
     placed = [*start_doubts(metrics.prealign), *level_doubts(metrics.levels), *vertebra_doubts(metrics.vertebrae)]
-    return [*(str(notice) for notice in metrics.notices if notice.doubt), *placed, *measured, *map_doubts(metrics)]
+    noticed = [Doubt(str(notice), whole=False) for notice in metrics.notices if notice.doubt]
+    return [*noticed, *placed, *measured, *map_doubts(metrics)]
+
+
+def verdict(against: Sequence[Doubt]) -> str:
+    "PASS where nothing speaks against a result, FAIL where something does against the whole of it, else WARN."
+    return "FAIL" if any(doubt.whole for doubt in against) else "WARN" if against else "PASS"
 
 # %% ../../nbs/45_registration.report.ipynb #6510beef
 def say_vertebrae(metrics: Metrics) -> list[str]:
@@ -303,7 +316,7 @@ def summarise(
 ) -> str:
     "A result in plain words."
     against = doubts(metrics)
-    words = [f"NOT TO BE TRUSTED before a look at the pictures: {'; '.join(against)}."] if against else []
+    words = [f"NOT TO BE TRUSTED before a look at the pictures: {'; '.join(map(str, against))}."] if against else []
     return "\n".join([*words, *say_vertebrae(metrics), *say_map(metrics), *say_measured(metrics)])
 
 # %% ../../nbs/45_registration.report.ipynb #65e04d96

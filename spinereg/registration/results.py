@@ -35,6 +35,7 @@ from ..losses.similarity import LNCC
 from ..measure.metrics import MeanAgreement, diffeomorphism, label_agreement, landmark_errors, regularity, round_trip
 from ..measure.motion import Contact, Rigidity, bone_contacts, neighbour_motions, pose, vertebra_axes, vertebra_rigidity, world_motions
 from ..measure.pictures import Overview, Picture, draw_overview
+from ..measure.planes import draw_planes
 from ..measure.snapshot import make_view
 from .certainty import judge_bones
 from .prealign import RigidStart
@@ -356,17 +357,22 @@ class Registration:
         "In plain words: how far the vertebrae moved and how well it went."
         return summarise(self.metrics)
 
+    def marked_view(self) -> Overview:
+        "What the pictures show, with a question mark behind the name of every vertebra in doubt."
+        return self.view._replace(names=marked(self.view.names, self.vertebrae))
+
     def overview(self) -> Picture:
         "One page of pictures, before and after."
-        against = doubts(self.metrics)
-        return draw_overview(self.view._replace(names=marked(self.view.names, self.vertebrae)), f"in doubt: {'; '.join(against)}" if against else "")
+        against = "; ".join(map(str, doubts(self.metrics)))
+        return draw_overview(self.marked_view(), against and f"in doubt: {against}")
 
     def save(self, out_dir: str | Path) -> Path:
         "Write every result file into a folder."
         return save(self, out_dir)
 
 # %% ../../nbs/46_registration.results.ipynb #93b3dace
-IMAGE_FILES, FIGURE_FILES = ("disp.nii.gz", "moved.nii.gz", "moved_labels.nii.gz"), ("vertebrae.csv", "history.csv", "metrics.json", "overview.png")
+IMAGE_FILES = "disp.nii.gz", "moved.nii.gz", "moved_labels.nii.gz"
+FIGURE_FILES = "vertebrae.csv", "history.csv", "metrics.json", "overview.png", "planes.webp"
 RESULT_FILES = (*TRANSFORM_FILES, *IMAGE_FILES, *FIGURE_FILES)  # at most
 
 
@@ -389,6 +395,7 @@ def write_figures(
     if len(result.history):
         write_atomic(folder / "history.csv", partial(result.history.to_csv, index=False))
     write_atomic(folder / "overview.png", partial(result.overview().savefig, dpi=110))
+    write_atomic(folder / "planes.webp", partial(draw_planes(result.marked_view()).save, quality=70, method=2))
 
 
 def write_images(

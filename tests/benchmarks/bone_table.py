@@ -102,7 +102,7 @@ def offered(folder: Path, stranger: Path) -> dict:
     for name, pair, motions, wrong in wrong_results(folder, stranger, sum(map(ord, folder.name))):
         judged = judge_bones(pair, motions, CPU)
         reasons = [*level_doubts(judged.levels), *vertebra_doubts(judged.table[judged.table.index.isin(wrong)])]
-        said[name] = {"wrong": len(wrong), "doubted": len(reasons), "first": next(iter(reasons), ""), "levels": judged.levels}
+        said[name] = {"wrong": len(wrong), "doubted": len(reasons), "first": str(next(iter(reasons), "")), "levels": judged.levels}
     return {"case": folder.name, "wrong": said}
 
 
