@@ -1,14 +1,20 @@
 "Transform files in ITK's own hands, and the wrong recipes that must fail."
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from scipy.spatial.transform import Rotation
 
+from spinereg.files.problems import InputError
 from spinereg.files.transforms import SpineTransform, itk_affine, itk_image, read_transform, write_itk, write_transform
 from spinereg.space.fields import integrate, warp
 from spinereg.space.geometry import FLIP, Grid, sample_index, transform_points
+from spinereg.space.polyrigid import Polyrigid, distance_map
 from spinereg.space.rigid import twist_matrix
 
 
@@ -137,6 +143,28 @@ def test_the_inverse_of_another_run_is_not_taken(phi, tmp_path):
             (tmp_path / "transform.h5").rename(folder / "transform.h5")
         again = read_transform(folder / "transform.h5")
         assert (again.inverse_points(again.points(x)) - x).norm(dim=1).max() < 0.5
+
+
+def test_E4_bones_beside_a_map_are_its_own_or_not_taken_and_damage_is_told(phi, tmp_path):
+    """E4: bones that go elsewhere are not taken; a file that is cut, changed or no such file is an error in words."""
+    block = torch.zeros(phi.grid.shape, dtype=torch.bool)
+    block[15:22, 15:22, 15:22] = True
+    away = torch.from_numpy(phi.rigid).clone()
+    away[0, 3] += 25
+    write_transform(tmp_path, replace(phi, bones=Polyrigid((distance_map(block, phi.grid),), away[None], torch.from_numpy(phi.rigid))))
+    assert read_transform(tmp_path / "transform.h5").bones is None
+    path = tmp_path / "bones.safetensors"
+    held, whole = load_file(path), path.read_bytes()
+    spoilt = [whole[:-40], whole[: len(whole) // 2], b"", b"no bones"]
+    wrong = {"poses": held["poses"] * torch.nan, "background": held["background"][0], "bone0": held["bone0"][:-1], "shape0": -held["shape0"]}
+    for name, values in wrong.items():
+        save_file(held | {name: values}, path, safe_open(path, "pt").metadata())
+        spoilt.append(path.read_bytes())
+        path.write_bytes(whole)
+    for content in spoilt:
+        path.write_bytes(content)
+        with pytest.raises(InputError, match="bones.safetensors: it does not hold the bones of a map"):
+            read_transform(tmp_path / "transform.h5")
 
 
 def test_a_map_without_inverse_is_refused(phi, tmp_path):

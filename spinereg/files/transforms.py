@@ -239,11 +239,12 @@ def stored_bones(
         with safe_open(file.path, "pt") as stored:
             said = json.loads((stored.metadata() or {}).get("spinereg", "{}"))
             held = {name: stored.get_tensor(name) for name in stored.keys()}
-        if said["format"] != BONES_FORMAT or not held["poses"].isfinite().all():
-            raise ValueError(f"format {said['format']!r}, expected {BONES_FORMAT!r} and finite poses")
+        motions = torch.cat([held["poses"], held["background"][None]])
+        if said["format"] != BONES_FORMAT or motions.shape[1:] != (4, 4) or not motions.isfinite().all():
+            raise ValueError(f"format {said['format']!r}, expected {BONES_FORMAT!r} with finite 4x4 motions")
         maps = tuple(stored_bone(held, k) for k in range(len(held["poses"])))
         return Polyrigid(maps, held["poses"], held["background"], said["margin_mm"], said["share"], said["steps"])
-    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+    except (SafetensorError, KeyError, IndexError, TypeError, ValueError, RuntimeError, OSError) as error:
         fix = "Copy it again, or run again; without it, transform.h5 is read as it is, rigid at its own voxels."
         raise file.error(f"it does not hold the bones of a map ({error})", fix) from error
 
