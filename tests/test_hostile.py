@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import pickle
 import re
 import shutil
@@ -20,11 +21,14 @@ from test_monitor import step_of, view
 from test_training import QUICK
 from test_viewers import make_stack
 
+from spinereg.apps import batch
+from spinereg.apps.job import inputs_of, write_record
 from spinereg.apps.paths import app
-from spinereg.compare import evaluation
-from spinereg.compare.evaluation import evaluate_runs
+from spinereg.apps.plan import Given, make_jobs, plan_jobs
+from spinereg.compare.evaluation import compare_settings, draw_settings
+from spinereg.compare.jobs import read_batch
 from spinereg.files.manifest import write_result
-from spinereg.files.problems import InputError, shown
+from spinereg.files.problems import InputError
 from spinereg.files.transforms import read_transform
 from spinereg.interactive.bones import draw_bones
 from spinereg.interactive.monitor import TrainingMonitor
@@ -127,12 +131,23 @@ def results(data, tmp_path_factory):
     return top
 
 
+def take(results, job):
+    "Leave what a job leaves that is done."
+    shutil.copytree(results / "run" / job.case, job.folder)
+    inputs = inputs_of(job.parameters, job.cwd, Path(job.folder), hashed=True)
+    record = {"format": "spinereg-job-1", **job._asdict(), "status": "done", "stage": "", "error": "", "hint": "", "inputs": inputs, "seconds": 1.0}
+    write_record(Path(job.folder), record)
+    return record
+
+
 @pytest.fixture(scope="module")
 def evaluated(results, tmp_path_factory):
-    "The evaluation app with cases of every name, and two runs; with more, pandas would leave rows out of its tables."
+    "The evaluation app with cases of every name that are done, in two settings; with more, pandas would leave rows out of its tables."
     executed = tmp_path_factory.mktemp("evaluated") / "evaluate.ipynb"
-    runs = {name: str(results / "run") for name in (MARKUP[0], FORMULAS[0])}
-    wanted = {"data_dir": str(results / "data"), "runs": runs, "out_dir": str(executed.parent / "out")}
+    settings = {name: {} for name in (MARKUP[0], FORMULAS[0])}
+    for job in plan_jobs("register", results / "data/test", executed.parent / "out", settings):
+        take(results, job)
+    wanted = {"data_dir": str(results / "data"), "settings": settings, "out_dir": str(executed.parent / "out")}
     papermill.execute_notebook(app("evaluate"), executed, parameters=wanted, kernel_name="python3", progress_bar=False)
     return executed
 
@@ -273,46 +288,48 @@ def test_a_training_comes_to_its_end(tmp_path):
 # written where they belong
 
 
-def test_an_evaluation_comes_to_its_end(results, tmp_path, monkeypatch):
-    """F-hostile: cases and runs of every name are registered into folders of their names, and are in tables and pictures under them."""
-
-    def take(case, parameters, run):
-        shutil.copytree(results / "run" / case.name, run / case.name)
-        return ""
-
-    monkeypatch.setattr(evaluation, "register_case", take)
-    cases, vertebrae, summary = evaluate_runs(results / "data", {name: {} for name in NAMES}, tmp_path / "out")
-    kept = pd.read_csv(tmp_path / "out/cases.csv")
-    for table in (cases, vertebrae, kept):
-        assert set(table.case) == set(table.run) == set(NAMES)
-    assert set(summary.index.get_level_values("run")) == set(NAMES) and (tmp_path / "out/runs.png").stat().st_size > 10_000
+def test_a_batch_comes_to_its_end(results, tmp_path, monkeypatch):
+    """F-hostile: cases and settings of every name are registered into folders of their names, and are in tables and pictures under them."""
+    monkeypatch.setattr(batch, "run_job", lambda job, limits, attempt: take(results, job))
+    batch.run_batch("register", results / "data/test", tmp_path / "out", {name: {} for name in NAMES}, jobs=1)
+    cases, vertebrae = read_batch(tmp_path / "out")
+    for table in (cases, vertebrae):
+        assert set(table.case) == set(table.setting) == set(NAMES)
+    summary = compare_settings(cases, ["dice"], NAMES[0])
+    assert set(summary.index.get_level_values("setting")) == set(NAMES)
+    draw_settings(cases, vertebrae).savefig(tmp_path / "settings.png")
     assert {path.parent.relative_to(tmp_path / "out").parts for path in tmp_path.rglob("metrics.json")} == {
-        (run, case) for run in NAMES for case in NAMES
+        (setting, case) for setting in NAMES for case in NAMES
     }
 
 
-@pytest.mark.parametrize("name", [*CLIMBING, "cases.csv", "runs.png"], ids=ascii)
-def test_a_run_stays_in_its_folder(name, results, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", [*CLIMBING, "cases.csv", "report.html"], ids=ascii)
+def test_a_setting_stays_in_its_folder(name, results, tmp_path, monkeypatch):
     """F-hostile: refused before anything is registered or written; the message says what was got and what is expected."""
-    monkeypatch.setattr(evaluation, "register_case", lambda *_: pytest.fail("work had begun"))
+    monkeypatch.setattr(batch, "run_job", lambda *_: pytest.fail("work had begun"))
     with pytest.raises(InputError) as refused:
-        evaluate_runs(results / "data", {"rigid": {}, name: {}}, tmp_path / "a/out")
+        batch.run_batch("register", results / "data/test", tmp_path / "a/out", {"rigid": {}, name: {}}, jobs=1)
     assert repr(name[:80]).strip("'") in str(refused.value) and "Give" in str(refused.value)
-    assert not tree(tmp_path / "a/out") and len(tree(tmp_path)) == 2
+    assert not tree(tmp_path)
 
 
 @pytest.mark.parametrize("name", CLIMBING, ids=ascii)
 def test_a_case_stays_in_its_folder(name, results, tmp_path, monkeypatch):
-    """F-hostile: nothing is written for it, its error can be printed, and the other cases are registered."""
-    done = []
-    monkeypatch.setattr(evaluation, "register", lambda out_dir, **_: done.append(out_dir.name))
-    monkeypatch.setattr(evaluation, "is_done", lambda *_: False)
-    found, _ = evaluation.find_cases(results / "data", "test")
-    object.__setattr__(found[-1], "name", name)
-    errors = evaluation.register_runs({"rigid": {}}, found, {"rigid": tmp_path / "a/rigid"})
-    assert done == [case.name for case in found[:-1]] and list(errors) == [("rigid", shown(name))]
-    assert errors["rigid", shown(name)].startswith("InputError: case") and "\udcff" not in str(errors)
+    """F-hostile: from a table, refused before the work; a folder whose name is no UTF-8 is told, and the other cases are registered."""
+    given = [Given("good", {}), Given(name, {})]
+    with pytest.raises(InputError, match="case "):
+        list(make_jobs("register", {}, "", given, tmp_path / "out"))
     assert not tree(tmp_path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere all names are Unicode")
+def test_a_case_whose_name_is_no_text_does_not_end_a_batch(results, tmp_path, monkeypatch):
+    """F-hostile: it has its row, which says why, and the others are done."""
+    monkeypatch.setattr(batch, "run_job", lambda job, limits, attempt: take(results, job._replace(case=NAMES[0])))
+    shutil.copytree(results / "data/test" / NAMES[0], tmp_path / "data/good")
+    shutil.copytree(results / "data/test" / NAMES[0], os.fsdecode(os.fsencode(tmp_path / "data") + b"/caf\xe9"))
+    rows = batch.run_batch("register", tmp_path / "data", tmp_path / "out", jobs=1).set_index("case")
+    assert rows.status["good"] == "done" and rows.status["caf\\udce9"] == "failed" and "no UTF-8" in rows.error["caf\\udce9"]
 
 
 @pytest.mark.parametrize("name", ["../climb", "../easy_1", "easy_../1", "/tmp/climb_0", "easy_1/../../climb_0", "clinical_\0"], ids=ascii)

@@ -16,7 +16,9 @@ import numpy as np
 import psutil
 import pytest
 
-from spinereg.compare.evaluation import evaluate_runs, is_done, read_run
+from spinereg.apps.batch import run_batch
+from spinereg.apps.plan import whole_result
+from spinereg.compare.evaluation import read_run
 from spinereg.files.foreign import read_map
 from spinereg.files.manifest import MANIFEST, check_out, check_room, read_manifest, result_files, write_result
 from spinereg.files.problems import InputError, InputFile, folder_aside, here, is_left
@@ -157,10 +159,9 @@ def test_d_kill_a_stopped_save_is_refused_by_every_reader(folder, monkeypatch, s
     for read in readers:
         with pytest.raises(ValueError, match=r"stopped before all files were in their places.*Run again"):
             read()
-    given = FILES | QUICK
-    assert not is_done(given, register, folder)
+    assert not whole_result(folder)
     saved[0].save(folder)
-    assert is_done(given, register, folder) and read_run(folder.parent)[0].case.tolist() == ["copy"] and not leavings(folder)
+    assert whole_result(folder) and read_run(folder.parent)[0].case.tolist() == ["copy"] and not leavings(folder)
 
 
 def test_d_kill_leavings_of_a_living_run_are_left_alone(tmp_path):
@@ -257,7 +258,6 @@ def test_d_manifest_three_flipped_bits_are_told(folder, name):
     read = {"metrics.json": lambda: read_run(folder.parent), "vertebrae/L3.tfm": lambda: read_poses(folder)}
     with pytest.raises(InputError, match=f"{name} has {len(content)} bytes and the SHA-256 .* expected {len(content)} bytes .* or run again"):
         read.get(name, lambda: read_transform(folder))()
-    assert not is_done(FILES | QUICK, register, folder)
 
 
 def test_d_manifest_without_it_a_result_is_refused_and_a_single_file_is_not(folder, tmp_path):
@@ -430,7 +430,7 @@ WRITERS = {
     "rigidify": lambda out: rigidify("no such map", FILES["moving_labels"], out_dir=out),
     "fit": lambda out: fit("no such data", out, logger="none", device="cpu"),
     "check": lambda out: check("no such data", out_dir=out),
-    "evaluate_runs": lambda out: evaluate_runs("no such data", {"rigid": {}}, out),
+    "run_batch": lambda out: run_batch("samples", out_dir=out),
 }
 WRONG = {"file": "this/file", "under a file": "this/file/deeper", "long": "x" * 300, "zero": "a\0b", "device": "/dev/null"}
 
