@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from .job import FORMAT, Job, Limits, read_record, run_job, write_record
 from .plan import plan_jobs, why_to_do, write_plan
-from ..files.problems import InputFile, check_folder, folder_aside, user_path
+from ..files.problems import check_folder, folder_aside, user_path
 
 # %% ../../nbs/94_apps.batch.ipynb #ac735ed5
 NEED_GB = 4.0  # of memory, for one registration
@@ -208,7 +208,7 @@ def run_batch(
     memory_gb: float | None = None,  # that a job may take
 ) -> pd.DataFrame:  # a row per job
     "Execute a notebook for every case and setting; what was done before is skipped, what fails does not stop the others."
-    check_folder(InputFile("out_dir", out_dir))
+    check_folder("out_dir", out_dir)
     planned = plan_jobs(app, cases, out_dir, settings, parameters)
     reasons = [why_to_do(job) for job in planned]
     write_plan(user_path(out_dir), app, planned)
