@@ -295,7 +295,7 @@ def test_a_batch_comes_to_its_end(results, tmp_path, monkeypatch):
     cases, vertebrae = read_batch(tmp_path / "out")
     for table in (cases, vertebrae):
         assert set(table.case) == set(table.setting) == set(NAMES)
-    summary = compare_settings(cases, ["dice"], NAMES[0])
+    summary = compare_settings(cases, ["residual_rms_mean_mm"], NAMES[0])
     assert set(summary.index.get_level_values("setting")) == set(NAMES)
     draw_settings(cases, vertebrae).savefig(tmp_path / "settings.png")
     assert {path.parent.relative_to(tmp_path / "out").parts for path in tmp_path.rglob("metrics.json")} == {
@@ -313,13 +313,20 @@ def test_a_setting_stays_in_its_folder(name, results, tmp_path, monkeypatch):
     assert not tree(tmp_path)
 
 
-@pytest.mark.parametrize("name", CLIMBING, ids=ascii)
+@pytest.mark.parametrize("name", filter(None, CLIMBING), ids=ascii)
 def test_a_case_stays_in_its_folder(name, results, tmp_path, monkeypatch):
     """F-hostile: from a table, refused before the work; a folder whose name is no UTF-8 is told, and the other cases are registered."""
     given = [Given("good", {}), Given(name, {})]
     with pytest.raises(InputError, match="case "):
         list(make_jobs("register", {}, "", given, tmp_path / "out"))
     assert not tree(tmp_path)
+
+
+def test_a_case_of_a_table_has_a_name(tmp_path):
+    """F-hostile: an empty field would be the folder of the batch itself."""
+    (tmp_path / "cases.csv").write_text("case,seed\n,1\n")
+    with pytest.raises(InputError, match="case ''"):
+        batch.run_batch("register", tmp_path / "cases.csv", tmp_path / "out", jobs=1)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere all names are Unicode")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NEED_GB', 'TRIES', 'COLUMNS', 'BAR', 'gpus_here', 'share_machine', 'executor_of', 'count_no_failures', 'outcome',
-           'not_run', 'line_of', 'run_all', 'wait_for_end', 'ended_by_signal', 'table_of', 'say_plan', 'run_batch',
-           'run_jobs']
+           'not_run', 'line_of', 'run_all', 'wait_for_end', 'ended_by_signal', 'table_of', 'say_plan', 'run_jobs',
+           'run_batch']
 
 # %% ../../nbs/94_apps.batch.ipynb #2584c308
 import os
@@ -128,7 +128,7 @@ def line_of(record: Mapping[str, object]) -> str:
         return f"{name}: done in {record['seconds']:.0f} s"
     return " ".join(filter(None, (f"{name}: {record['status']} at {record['stage']}:", record["error"], record["hint"])))
 
-
+# %% ../../nbs/94_apps.batch.ipynb #dbc0e138
 def run_all(
     jobs: Sequence[Job],
     pool: Executor,
@@ -162,7 +162,7 @@ def wait_for_end(
     while time.monotonic() < end and any(read_record(Path(job.folder)).get("status") == "running" for job in jobs):
         time.sleep(0.2)
 
-
+# %% ../../nbs/94_apps.batch.ipynb #8abdd091
 @contextmanager
 def ended_by_signal() -> Iterator[None]:
     "Let SIGTERM end a batch as Ctrl-C does; only the main thread may listen."
@@ -179,7 +179,7 @@ def ended_by_signal() -> Iterator[None]:
     finally:
         signal.signal(signal.SIGTERM, before)
 
-# %% ../../nbs/94_apps.batch.ipynb #e2bc82f0
+# %% ../../nbs/94_apps.batch.ipynb #639d7e02
 COLUMNS = ["setting", "case", "status", "stage", "error", "hint", "seconds", "attempts", "folder"]
 BAR = "{n_fmt} of {total_fmt} jobs |{bar:30}| {elapsed}, {remaining} left"  # format of tqdm
 
@@ -195,35 +195,14 @@ def say_plan(reasons: Sequence[str]) -> str:  # empty ones are done
     counts = pd.Series([reason or "done before, skipped" for reason in reasons], dtype=object).value_counts()
     return f"{len(reasons)} jobs: " + ", ".join(f"{count} {reason}" for reason, count in counts.items())
 
-
-def run_batch(
-    app: str,  # name, or the path of a notebook with a tagged cell
-    cases: str | Path | None = None,  # folder or pattern of case folders, or CSV; None runs the app once per setting
-    out_dir: str | Path = "out/batch",  # a folder for each job goes here
-    settings: Mapping[str, Mapping[str, object]] | None = None,  # name -> parameters; "app" among them names another app
-    parameters: Mapping[str, object] | None = None,  # of all jobs
+# %% ../../nbs/94_apps.batch.ipynb #3cc37e26
+def run_jobs(
+    todo: Sequence[Job],
+    out_dir: str | Path,
     jobs: int | None = None,  # at once; None: as many as processors, memory or GPUs carry
     scheduler: str | None = None,  # address of a Dask scheduler
     cluster: object | None = None,  # of Dask
     memory_gb: float | None = None,  # that a job may take
-) -> pd.DataFrame:  # a row per job
-    "Execute a notebook for every case and setting; what was done before is skipped, what fails does not stop the others."
-    check_folder("out_dir", out_dir)
-    planned = plan_jobs(app, cases, out_dir, settings, parameters)
-    reasons = [why_to_do(job) for job in planned]
-    write_plan(user_path(out_dir), app, planned)
-    print(say_plan(reasons))
-    run_jobs([job for job, reason in zip(planned, reasons) if reason], out_dir, jobs, scheduler, cluster, memory_gb)
-    return table_of(planned)
-
-
-def run_jobs(
-    todo: Sequence[Job],
-    out_dir: str | Path,
-    jobs: int | None = None,  # as of `run_batch`, like those below
-    scheduler: str | None = None,
-    cluster: object | None = None,
-    memory_gb: float | None = None,
 ) -> None:
     "Run jobs at a time, and see all of them end."
     for job in (broken := [job for job in todo if job.problem]):
@@ -240,3 +219,24 @@ def run_jobs(
                 run_all(work, pool, limits._replace(batch=str(mark)), bar)
         finally:
             wait_for_end(work)
+
+# %% ../../nbs/94_apps.batch.ipynb #6e5fa1cf
+def run_batch(
+    app: str,  # name, or the path of a notebook with a tagged cell
+    cases: str | Path | None = None,  # folder or pattern of case folders, or CSV; None runs the app once per setting
+    out_dir: str | Path = "out/batch",  # a folder for each job goes here
+    settings: Mapping[str, Mapping[str, object]] | None = None,  # name -> parameters; "app" among them names another app
+    parameters: Mapping[str, object] | None = None,  # of all jobs
+    jobs: int | None = None,  # at once; None: as many as processors, memory or GPUs carry
+    scheduler: str | None = None,  # address of a Dask scheduler
+    cluster: object | None = None,  # of Dask
+    memory_gb: float | None = None,  # that a job may take
+) -> pd.DataFrame:  # a row per job
+    "Execute a notebook for every case and setting; what was done before is skipped, what fails does not stop the others."
+    planned = plan_jobs(app, cases, out_dir, settings, parameters)
+    check_folder("out_dir", out_dir)
+    reasons = [why_to_do(job) for job in planned]
+    write_plan(user_path(out_dir), app, planned)
+    print(say_plan(reasons))
+    run_jobs([job for job, reason in zip(planned, reasons) if reason], out_dir, jobs, scheduler, cluster, memory_gb)
+    return table_of(planned)

@@ -18,6 +18,7 @@ from .paths import apps
 from .plan import code_of, plan_jobs, read_grid, why_to_do, write_plan
 from .report import write_report
 from .slurm import run_part, write_array
+from ..compare.jobs import PLAN
 from ..files.problems import user_path
 
 # %% ../../nbs/97_apps.command.ipynb #b477d651
@@ -35,7 +36,7 @@ def run_app(
     folder = user_path(values.get("out_dir") or (known["out_dir"].default if "out_dir" in known else f"out/{notebook.stem}")).absolute()
     record = run_job(Job(name, str(notebook), str(folder), values, os.getcwd(), code=code_of(notebook)), listen=say)
     print(f"executed notebook: {folder / notebook.name}")
-    return 0 if record["status"] == "done" else 1
+    return int(record["status"] != "done")
 
 
 def say(text: str) -> None:
@@ -60,7 +61,7 @@ def batch_parser(
     parser.add_argument("--per_task", type=int, default=4, help="jobs in a task of --slurm (4)")
     return parser
 
-
+# %% ../../nbs/97_apps.command.ipynb #2c6d65bc
 def run_many(
     kind: str,  # "batch" or "sweep"
     words: Sequence[str],
@@ -79,7 +80,8 @@ def run_many(
     try:
         table = run_batch(app, texts.cases, texts.out, settings, values, texts.jobs, texts.scheduler, memory_gb=texts.memory_gb)
     finally:
-        print(f"report: {write_report(texts.out)}")
+        if (user_path(texts.out) / PLAN).is_file():
+            print(f"report: {write_report(texts.out)}")
     bad = len(table) - (table.status == "done").sum()
     print(f"{len(table) - bad} of {len(table)} jobs are done" + (f"; {bad} are not, see the report" if bad else ""))
     return int(bad > 0)
@@ -100,7 +102,7 @@ def plan_array(
         print(f"all {len(planned)} jobs are done: spinereg report {texts.out}")
     return 0
 
-# %% ../../nbs/97_apps.command.ipynb #a403c56c
+# %% ../../nbs/97_apps.command.ipynb #88cd14f7
 USAGE = """usage: spinereg APP [--name value ...]                       execute one notebook
        spinereg batch APP --cases CASES --out FOLDER [...]    the same for many cases
        spinereg sweep APP --grid name=v1,v2 --out FOLDER      and for many settings
@@ -112,7 +114,7 @@ def usage() -> str:
     "What the command can do."
     return "\n".join([USAGE, *(f"  {name:<10}{title_of(path)}" for name, path in apps().items())])
 
-
+# %% ../../nbs/97_apps.command.ipynb #d1a5a2b9
 def dispatch(words: Sequence[str]) -> int:  # exit status
     "Do what a command line says."
     if not words or words[0] in ("-h", "--help"):

@@ -198,7 +198,7 @@ def make_kernel_class() -> type:  # of kernel managers; imported here, as paperm
 
     return KernelOfJob
 
-
+# %% ../../nbs/92_apps.job.ipynb #7bc2233b
 def run_notebook(
     record: Mapping[str, object],  # of the job
     executed: Path,  # where the executed notebook goes
@@ -235,7 +235,7 @@ def execute(
     if ending["status"] == "failed":
         print(f"failed at {ending['stage']}: {ending['error']} {ending['hint']}", flush=True)
 
-# %% ../../nbs/92_apps.job.ipynb #8d03677a
+# %% ../../nbs/92_apps.job.ipynb #57cb768f
 class Limits(NamedTuple):
     "What a job may take."
 
@@ -286,7 +286,7 @@ def worker_number() -> int | None:  # None outside of a worker of Dask that has 
         name = get_worker().name
         return name if isinstance(name, int) else None
 
-# %% ../../nbs/92_apps.job.ipynb #4e7e0aa6
+# %% ../../nbs/92_apps.job.ipynb #0deb0f89
 def watch(
     process: subprocess.Popen,
     mark: str,
@@ -331,7 +331,7 @@ def ending_of(
     error = f"its process was ended from outside ({name})"
     return {"status": "failed", "stage": "process", "error": error, "hint": HINTS["DeadKernelError"], "died": True}
 
-# %% ../../nbs/92_apps.job.ipynb #067961d1
+# %% ../../nbs/92_apps.job.ipynb #f06c87d3
 def is_alive(
     record: Mapping[str, object],
     folder: Path,
@@ -343,7 +343,7 @@ def is_alive(
         return time.time() - (folder / RECORD).stat().st_mtime < 120
     return psutil.pid_exists(record["runner"]) and record["runner"] != os.getpid() and bool(processes_of(record["mark"]))
 
-
+# %% ../../nbs/92_apps.job.ipynb #d023f168
 def begin(
     job: Job,
     attempt: int,

@@ -46,7 +46,8 @@ def cases_in(
     for folder in folders:
         case, findings = find_case(folder.absolute())
         files = {name: path for name, path in case.files().items() if path and name in known} if case else {}
-        problems = [f"{folder / finding.file}: {finding.reason}. {finding.fix}" for finding in findings if finding.kind == "problem" and not case]
+        wrong = [finding for finding in findings if finding.kind == "problem" and not case]
+        problems = [f"{folder / finding.file}: {finding.reason}. {finding.fix}" for finding in wrong]
         problems += ["its name is no UTF-8, which not every library can read. Rename it."] if shown(folder.name) != folder.name else []
         yield Given(shown(folder.name), files, shown("; ".join(problems)))
 
@@ -65,7 +66,7 @@ def cases_of_table(
     for row in table.to_dict("records"):
         values = {name: value_of(row[name], known[name].kind) for name in columns if row[name]}
         texts = {name: path.parent.absolute() / value for name, value in values.items() if isinstance(value, str)}
-        yield Given(row["case"], values | {name: str(place) for name, place in texts.items() if os.path.exists(place)})
+        yield Given(path_in(path.parent, row["case"], "case").name, values | {name: str(place) for name, place in texts.items() if os.path.exists(place)})
 
 # %% ../../nbs/93_apps.plan.ipynb #4267260e
 def read_cases(
@@ -138,7 +139,7 @@ def code_of(
         app.update("".join(cell["source"]).encode() if cell["cell_type"] == "code" else b"")
     return {"spinereg": spinereg.__version__, "sources": sources.hexdigest()[:16], "app": app.hexdigest()[:16]}
 
-
+# %% ../../nbs/93_apps.plan.ipynb #d96fa853
 def make_jobs(
     app: str,  # name, or path of a notebook
     given: Mapping[str, object],  # parameters of all jobs
@@ -175,6 +176,8 @@ def plan_jobs(
     jobs, out_dir = [], user_path(out_dir).absolute()
     for setting, values in (settings or {"": {}}).items():
         own = {**(parameters or {}), **values}
+        if settings:
+            path_in(out_dir, setting, "setting")
         name = str(own.pop("app", app))
         jobs += make_jobs(name, own, setting, read_cases(cases, parameters_of(find_app(name))), out_dir)
     if taken := [job for job in jobs if (job.setting or job.case) in WRITTEN]:
@@ -185,7 +188,7 @@ def plan_jobs(
         raise ValueError(f"two jobs would write into {min(twice)}: give cases and settings names that differ in more than upper and lower case")
     return jobs
 
-# %% ../../nbs/93_apps.plan.ipynb #4140b5a6
+# %% ../../nbs/93_apps.plan.ipynb #65de227b
 def whole_result(folder: Path) -> bool:
     "Whether the files of a result, where there is one, are all there in their size."
     manifest = read_manifest(folder)
@@ -212,7 +215,7 @@ def why_to_do(
         return "done with other files"
     return "" if whole_result(folder) else "its result is not whole"
 
-# %% ../../nbs/93_apps.plan.ipynb #de20f0cc
+# %% ../../nbs/93_apps.plan.ipynb #e7724306
 def write_plan(
     out_dir: Path,
     app: str,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FieldFigures', 'Likeness', 'LandmarkGain', 'LabelFigures', 'RigidityMeans', 'RunRecord', 'Figures', 'plain_table',
-           'Metrics', 'certainty_of', 'vertebra_doubts', 'level_doubts', 'marked', 'start_doubts', 'label_doubts',
+           'certainty_of', 'Metrics', 'vertebra_doubts', 'level_doubts', 'marked', 'start_doubts', 'label_doubts',
            'landmark_doubts', 'image_doubts', 'map_doubts', 'doubts', 'verdict', 'say_vertebrae', 'say_map',
            'say_measured', 'summarise', 'vertebra_columns', 'main_figures']
 
@@ -131,6 +131,16 @@ def plain_table(table: pd.DataFrame) -> dict[str, dict]:  # by column, then by v
     "A table to the last digit, as `metrics.json` holds it."
     return table.astype(object).where(table.notna(), None).to_dict()
 
+# %% ../../nbs/45_registration.report.ipynb #d9ecb943
+def certainty_of(row: pd.Series, covariance: np.ndarray) -> dict:
+    "What is known of how sure a vertebra's motion is, as `metrics.json` holds it."
+    return {name: row[name] for name in ("alike", "error_mm", "error_deg", "doubt")} | {"covariance": covariance.tolist()}
+
+
+def _plain(value: object) -> object:
+    "A setting as JSON can hold it."
+    return value if isinstance(value, (int, float, list, tuple, dict, type(None))) else str(value)
+
 # %% ../../nbs/45_registration.report.ipynb #d9ecb942
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Metrics(Figures):
@@ -171,16 +181,6 @@ class Metrics(Figures):
             "seconds": dict(self.seconds),
             "environment": self.environment.as_dict(),
         }
-
-
-def certainty_of(row: pd.Series, covariance: np.ndarray) -> dict:
-    "What is known of how sure a vertebra's motion is, as `metrics.json` holds it."
-    return {name: row[name] for name in ("alike", "error_mm", "error_deg", "doubt")} | {"covariance": covariance.tolist()}
-
-
-def _plain(value: object) -> object:
-    "A setting as JSON can hold it."
-    return value if isinstance(value, (int, float, list, tuple, dict, type(None))) else str(value)
 
 # %% ../../nbs/45_registration.report.ipynb #6d1f0a02
 def vertebra_doubts(vertebrae: pd.DataFrame) -> list[Doubt]:
