@@ -66,7 +66,8 @@ def cases_of_table(
     for row in table.to_dict("records"):
         values = {name: value_of(row[name], known[name].kind) for name in columns if row[name]}
         texts = {name: path.parent.absolute() / value for name, value in values.items() if isinstance(value, str)}
-        yield Given(path_in(path.parent, row["case"], "case").name, values | {name: str(place) for name, place in texts.items() if os.path.exists(place)})
+        files = {name: str(place) for name, place in texts.items() if os.path.exists(place)}
+        yield Given(path_in(path.parent, row["case"], "case").name, values | files)
 
 # %% ../../nbs/93_apps.plan.ipynb #4267260e
 def read_cases(
