@@ -16,8 +16,9 @@ from spinereg.apps.batch import count_no_failures, executor_of, run_batch, run_j
 from spinereg.apps.job import MARK, Job, is_alive, processes_of, read_record, run_job, run_notebook, write_record
 from spinereg.apps.parameters import check_values, find_app, parameters_of, value_of
 from spinereg.apps.paths import apps, fits
-from spinereg.apps.plan import make_jobs, plan_jobs, read_cases, read_grid, read_plan, settings_of, why_to_do
+from spinereg.apps.plan import make_jobs, plan_jobs, read_cases, read_grid, settings_of, why_to_do
 from spinereg.apps.slurm import write_array
+from spinereg.compare.jobs import planned_jobs
 from spinereg.files.problems import folder_aside
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -199,7 +200,7 @@ def test_memory_is_that_of_the_kernel_and_all_it_starts(night):
 def test_nothing_is_left_of_a_night(night):
     folder, rows = night
     assert not left_over() and not list((folder / "out").rglob(".partial-*"))
-    assert read_plan(folder / "out")["jobs"] == [["", name] for name in rows.index]
+    assert planned_jobs(folder / "out") == [("", name) for name in rows.index]
 
 
 def test_d7_what_is_done_is_skipped_and_what_is_not_is_said(night, capsys):

@@ -332,11 +332,11 @@ def test_a_case_of_a_table_has_a_name(tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere all names are Unicode")
 def test_a_case_whose_name_is_no_text_does_not_end_a_batch(results, tmp_path, monkeypatch):
     """F-hostile: it has its row, which says why, and the others are done."""
-    monkeypatch.setattr(batch, "run_job", lambda job, limits, attempt: take(results, job._replace(case=NAMES[0])))
-    shutil.copytree(results / "data/test" / NAMES[0], tmp_path / "data/good")
+    monkeypatch.setattr(batch, "run_job", lambda job, limits, attempt: take(results, job))
+    shutil.copytree(results / "data/test" / NAMES[0], tmp_path / "data" / NAMES[0])
     shutil.copytree(results / "data/test" / NAMES[0], os.fsdecode(os.fsencode(tmp_path / "data") + b"/caf\xe9"))
     rows = batch.run_batch("register", tmp_path / "data", tmp_path / "out", jobs=1).set_index("case")
-    assert rows.status["good"] == "done" and rows.status["caf\\udce9"] == "failed" and "no UTF-8" in rows.error["caf\\udce9"]
+    assert rows.status[NAMES[0]] == "done" and rows.status["caf\\udce9"] == "failed" and "no UTF-8" in rows.error["caf\\udce9"]
 
 
 @pytest.mark.parametrize("name", ["../climb", "../easy_1", "easy_../1", "/tmp/climb_0", "easy_1/../../climb_0", "clinical_\0"], ids=ascii)

@@ -363,7 +363,7 @@ def begin(
     write_record(folder, record)
     return record
 
-
+# %% ../../nbs/92_apps.job.ipynb #4ee92933
 def run_job(
     job: Job,
     limits: Limits = ALONE,

@@ -67,7 +67,8 @@ def given_parameters(
 ) -> dict:  # name -> value
     "The parameters of an app, checked against the function that takes them."
     known = inspect.signature(function).parameters
-    values = {name: namespace[name] for name in known if name in namespace}
+    missing = [name for name, said in known.items() if said.default is said.empty and namespace.get(name) is None]  # the app has to find them
+    values = {name: namespace[name] for name in known if name in namespace and name not in missing}
     plain = [name for name, value in namespace.items() if type(value) in PLAIN and not name.startswith("_")]
     wrong = [f"{name} is not a parameter{nearest(name, (*known, *besides))}" for name in plain if name not in (*known, *besides, "In", "Out")]
     wrong += [f"{name}={v!r} is no {known[name].annotation}" for name, v in values.items() if not fits(v, known[name].annotation)]
