@@ -106,7 +106,7 @@ def stray_parts(
     stray = (bones.part_cm3[:, 1] > STRAY[0] * bones.cm3) & (np.abs(part_mm[:, 1] - part_mm[:, 0]) > STRAY[1] * level_mm)
     found = {}
     for k in np.flatnonzero(stray):
-        off_mm = np.where(np.arange(len(names)) == k, np.inf, np.abs(at_mm[:, None] - part_mm[k]).min(1))
+        off_mm = np.where(np.arange(len(names)) == k, np.inf, np.abs(at_mm - part_mm[k, 1]))
         if off_mm.min() < STRAY[2] * level_mm:
             other = names[off_mm.argmin()]
             found |= {names[k]: f"has a part at {other}", other: f"is called {names[k]} in part"}

@@ -222,7 +222,7 @@ def read_pair(
 ) -> Pair:
     "Read and check all files of a pair; one error lists everything that is wrong."
     where = "Give the path of a NIfTI file, an image of nibabel or SimpleITK, or (array, affine)."
-    errors = [InputFile(name, given).error("no image was given", where) for name, given in (("fixed", fixed), ("moving", moving)) if given is None]
+    errors = [InputFile(name, "None").error("no image was given", where) for name, given in (("fixed", fixed), ("moving", moving)) if given is None]
     images = [attempt(errors, read_image, path, name) for name, path in (("fixed", fixed), ("moving", moving))]
     wanted = (fixed_modality, "fixed"), (moving_modality, "moving")
     settled = [attempt(errors, settle_modality, *given) or ("", ()) for given in zip(images, *zip(*wanted), images[::-1])]
