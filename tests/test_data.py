@@ -24,7 +24,7 @@ from spinereg.learning.crops import KEPT, Crops, OnDisk, cache_gb, case_dataset,
 
 ROOT = Path(__file__).resolve().parent.parent
 VALUE = {name: value for value, name in SCHEMES["verse"].items()}
-SPINE = {"T12": 52, "T13": 26, "L1": 0, "L5": -26, "L6": -52}  # vertebra -> height of its centre, mm
+SPINE = {"T12": 52, "T13": 26, "L1": 0, "L2": -26, "L3": -52}  # vertebra -> height of its centre, mm
 HALF = np.array([14.0, 12.0, 10.0])  # half a vertebra, mm
 CT = np.array([[-1.5, 0, 0, 45], [0, -1.5, 0, 45], [0, 0, 2.0, -79], [0, 0, 0, 1]])  # stored LPS
 MR = np.array([[0, 0, 4.0, -30], [-1.5, 0, 0, 42], [0, -1.5, 0, 78], [0, 0, 0, 1]])  # 16 sagittal slices of 4 mm
@@ -262,32 +262,35 @@ def test_a2_both_images_lie_where_they_are_in_the_world(item):
     assert both.sum() > 0.8 * (item["labels"] > 0).sum()
 
 
-def test_b3_t13_and_l6_are_vertebrae_in_their_place(item):
-    """B3: VerSe 28 lies between 19 and 20; names are listed from the skull down."""
-    assert item["findings"][0][4] == "T12, T13, L1, L5, L6"
-    heights = [(item["labels"][0] == VERTEBRAE.index(name) + 1).nonzero()[:, 2].float().mean() for name in ("T12", "T13", "L1", "L5", "L6")]
+@pytest.mark.parametrize("names", [("T12", "T13", "L1", "L2", "L3"), ("L3", "L4", "L5", "L6", "S")])
+def test_b3_t13_and_l6_are_vertebrae_in_their_place(tmp_path, names):
+    """B3: VerSe 28 lies between 19 and 20, 25 between 24 and 26; names are listed from the skull down."""
+    draw(tmp_path / "train" / "a", spine=dict(zip(names, SPINE.values())))
+    made = QUICK(case_of(tmp_path / "train" / "a"))
+    assert made["findings"][0][4] == ", ".join(names)
+    heights = [(made["labels"][0] == VERTEBRAE.index(name) + 1).nonzero()[:, 2].float().mean() for name in names]
     assert heights == sorted(heights, reverse=True)
 
 
 def test_b2_b3_vertebrae_that_take_no_part_are_listed_with_the_reason(tmp_path):
     """X15: cut by either image, outside the fixed one, too small, in one image only: all named, and gone from both maps."""
     short_mr = MR.copy()
-    short_mr[2, 3] = 58  # ends within T12 at the top, and within L6 at the bottom
+    short_mr[2, 3] = 58  # ends within T12 at the top, and within L3 at the bottom
     spine = SPINE | {"T11": 72.5}
-    folder = draw(tmp_path / "train" / "a", mr=(short_mr, (56, 77, 16)), spine=spine, mr_spine={n: SPINE[n] for n in ("T12", "T13", "L1", "L6")})
+    folder = draw(tmp_path / "train" / "a", mr=(short_mr, (56, 77, 16)), spine=spine, mr_spine={n: SPINE[n] for n in ("T12", "T13", "L1", "L3")})
     values = paint(CT, CT_SHAPE, spine)
     values[(values == VALUE["L1"]) & (points(CT, CT_SHAPE)[..., 0] > -12)] = 0  # a sliver of 2 mm is left
     values[(values == VALUE["L1"]) & (points(CT, CT_SHAPE)[..., 1] > -6)] = 0
     save(folder / "ct_mask.nii.gz", values, CT)
     made = QUICK(case_of(folder))
     why = made["left_out"]
-    assert list(why) == ["T11", "T12", "L1", "L5", "L6"]
+    assert list(why) == ["T11", "T12", "L1", "L2", "L3"]
     assert why["T11"] == "only the moving image shows it"
-    assert why["T12"] == why["L6"] == "cut by the upper or lower border of the fixed image"
+    assert why["T12"] == why["L3"] == "cut by the upper or lower border of the fixed image"
     sliver_mm3 = (values == VALUE["L1"]).sum() * 1.5 * 1.5 * 2
     assert 0 < sliver_mm3 <= 500
     assert why["L1"] == f"{sliver_mm3:.0f} mm³ in the moving image"
-    assert why["L5"] == "only the moving image shows it"
+    assert why["L2"] == "only the moving image shows it"
     assert made["labels"].unique().tolist() == made["fixed_labels"].unique().tolist() == [0, VERTEBRAE.index("T13") + 1]
     assert made["findings"][0][4].startswith("T13; not T11 (only the moving image shows it); not T12 (")
 
@@ -298,9 +301,9 @@ def test_b3_without_mr_labels_what_the_fixed_image_does_not_show_is_listed_too(t
     draw(tmp_path / "train" / "a", mr=(short_mr, (56, 60, 16)), masks=("ct_mask",))
     made = QUICK(case_of(tmp_path / "train" / "a"))
     assert made["left_out"]["T12"] == "0 mm³ in the fixed image"
-    assert made["left_out"]["L6"] == "cut by the upper or lower border of the fixed image"
+    assert made["left_out"]["L3"] == "cut by the upper or lower border of the fixed image"
     assert len(made["left_out"]) == 2
-    assert {VERTEBRAE[k - 1] for k in made["labels"].unique().tolist() if k} == {"T13", "L1", "L5"}
+    assert {VERTEBRAE[k - 1] for k in made["labels"].unique().tolist() if k} == {"T13", "L1", "L2"}
 
 
 def test_a6_vertebrae_wider_than_the_mr_stay_in(tmp_path):
@@ -321,7 +324,7 @@ def test_b4_masks_are_optional(tmp_path):
     data = case_dataset(find_cases(tmp_path, "train")[0], QUICK, "ram")
     assert [bool(made["labels"].any()) for made in data] == [True, False, False]
     assert [bool(made["fixed_labels"].any()) for made in data] == [False, False, True]
-    assert data[0]["findings"][0][4] == "T12, T13, L1, L5, L6"
+    assert data[0]["findings"][0][4] == "T12, T13, L1, L2, L3"
     assert "rigidity off" in data[1]["findings"][0][4]
     assert usable_cases(data, "train")[0] == [0, 1, 2]
     for crop in Crops(data, [0, 1, 2], crop_transform((16, 16, 16), 2.0)):

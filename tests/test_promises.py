@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "nbs/promises.md").read_text("utf-8")
 RESULTS = ("kept", "kept in part", "not kept")
 NUMBERED = {"A": 14, "B": 6, "C": 15, "D": 12, "E": 5, "X": 23, "S": 10}
-OTHERS = ["F1", "F2", "F2b", "F3", "F3a", "F3b", "F3c", "F4", "F5", "F6", "F7", "F8", "F10", "F11", "F14", "F16", "F17"]
+OTHERS = ["F1", "F2", "F2b", "F3", "F3a", "F3b", "F3c", "F3d", "F3e", "F4", "F4b", "F5", "F6", "F7", "F8", "F10", "F11", "F14", "F16", "F17"]
 OTHERS += ["F-hostile", "D-kill", "D-manifest", "D-full-disk"]
 
 

@@ -90,14 +90,14 @@ def scheme_table(
         like = scheme_table(scheme["like"], file) if "like" in scheme else ({}, set())
         table, other = own_scheme({value: name for value, name in scheme.items() if value != "like"}, file)
         return {value: name for value, name in like[0].items() if value not in other} | table, (like[1] - set(table)) | other
-    family, _, lowest = scheme.partition(":")
+    family, _, lowest = str(scheme).partition(":")
     if family == "spider" and lowest in (*PRESACRAL, "L6"):
         return spider_table(lowest)
     if family == "spider":
         reason = "SPIDER counts from the lowest vertebra upwards, so its values hold no level"
         raise file.error(reason, "Say which vertebra has value 1, such as scheme 'spider:L5'.")
-    if scheme not in SCHEMES:
-        fix = f"Use one of {', '.join(SCHEMES)}, spider:L5, or a dict {{value: vertebra}}."
+    if str(scheme) not in SCHEMES:
+        fix = f"Give as {file.name.replace('labels', 'scheme')} one of {', '.join(SCHEMES)}, spider:L5, or a dict {{value: vertebra}}."
         raise file.error(f"there is no label scheme {scheme!r}", fix)
     return SCHEMES[scheme], OTHER[scheme]
 

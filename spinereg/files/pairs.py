@@ -25,6 +25,7 @@ from torch import Tensor
 from .conflicts import check_points, refuse_bone_without_image
 from .labels import VERTEBRAE
 from .nifti import ImageLike
+from .onbone import notices_of_bone
 from .points import AXES, read_points
 from .problems import InputError, InputFile, Notice, Problem, file_text, shown, write_atomic
 from .volumes import Labels, Volume, read_image, read_labels, settle_modality
@@ -184,6 +185,7 @@ def check_together(
     errors: list[InputError],  # grows
     images: Sequence[Volume | None],  # fixed, moving; None where it could not be read
     maps: Sequence[Labels | None],  # moving, fixed
+    modalities: Sequence[str],  # of the fixed and the moving image
     points: Landmarks | None,
     file: InputFile,  # of the points
 ) -> list[Notice]:
@@ -194,7 +196,7 @@ def check_together(
     if points:
         attempt(errors, check_points, points.fixed_mm, points.vertebra, images[0], maps[1], "fixed", file)
         attempt(errors, check_points, points.moving_mm, points.vertebra, images[1], maps[0], "moving", file)
-    return file.notices
+    return [*notices_of_bone(maps, images[::-1], modalities[::-1]), *file.notices]
 
 # %% ../../nbs/14_files.pairs.ipynb #c14a0004
 def swapped_modalities(
@@ -219,7 +221,8 @@ def read_pair(
     keep_doubtful: bool = False,  # whether moving vertebrae whose label is no whole bone are taken all the same
 ) -> Pair:
     "Read and check all files of a pair; one error lists everything that is wrong."
-    errors = []
+    where = "Give the path of a NIfTI file, an image of nibabel or SimpleITK, or (array, affine)."
+    errors = [InputFile(name, "None").error("no image was given", where) for name, given in (("fixed", fixed), ("moving", moving)) if given is None]
     images = [attempt(errors, read_image, path, name) for name, path in (("fixed", fixed), ("moving", moving))]
     wanted = (fixed_modality, "fixed"), (moving_modality, "moving")
     settled = [attempt(errors, settle_modality, *given) or ("", ()) for given in zip(images, *zip(*wanted), images[::-1])]
@@ -228,10 +231,11 @@ def read_pair(
         attempt(errors, read_labels, fixed_labels, fixed_scheme, images[0], "fixed_labels", images[1], True),
     ]
     points = attempt(errors, read_landmarks, landmarks)
-    together = check_together(errors, images, maps, points, InputFile("landmarks", "" if landmarks is None else landmarks))
+    modalities = [modality for modality, _ in settled]
+    together = check_together(errors, images, maps, modalities, points, InputFile("landmarks", "" if landmarks is None else landmarks))
     said = [*(part.notices for part in (*images, *maps) if part), *(notices for _, notices in settled), *(error.notices for error in errors)]
-    swapped = swapped_modalities([modality for modality, _ in settled], InputFile("fixed", fixed).path.name)
+    swapped = [] if fixed is None else swapped_modalities(modalities, InputFile("fixed", fixed).path.name)
     notices = (*itertools.chain.from_iterable(said), *together, *swapped)
     if errors:
         raise InputError(*(problem for error in errors for problem in error.problems), notices=notices)
-    return Pair(*images, *maps, points, *(modality for modality, _ in settled), notices)
+    return Pair(*images, *maps, points, *modalities, notices)

@@ -36,6 +36,9 @@ def mistakes(values, affine, draw):
     yield "all bone under one value", (values > 0).astype(values.dtype)
     yield "noise", draw.integers(1, 25, values.shape)
     yield "front half lost", np.where((values == inner[low]) & front, 0, values)
+    yield "left or right half lost", np.where((values == inner[low]) & (np.arange(len(values))[:, None, None] > here[:, 0].mean()), 0, values)
+    yield "a level without a label", np.where(values == inner[low], 0, values)
+    yield "1 cm to the front or back", np.roll(values, round(10 / np.linalg.norm(affine[:3, 1])), 1)
     below = present[min(present.index(inner[low]) + 2, len(present) - 1)]
     yield "front half called two below", np.where((values == inner[low]) & front, below, values)
     crumbs = values.copy()
@@ -53,6 +56,12 @@ def verdict(read, *given):
     return "doubted" if any(notice.doubt for notice in found.notices) else "passed"
 
 
+def labelled(mr, ct, path, values, affine):
+    "The verdict on a pair with a label map, which is written to a path."
+    nib.save(nib.Nifti1Image(values.astype(np.int16), affine), path)
+    return verdict(read_pair, mr, ct, path)
+
+
 def crops(values, draw, count):
     for _ in range(count):
         box = tuple(slice(int(draw.integers(0, n // 4)), n - int(draw.integers(0, n // 4))) for n in values.shape)
@@ -64,25 +73,21 @@ def main(folders):
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "mask.nii.gz"
 
-        def labels(values, affine):
-            nib.save(nib.Nifti1Image(values.astype(np.int16), affine), path)
-            return verdict(read_labels, path)
-
         for folder in folders:
             ct, mask, its_mask = (folder / f"{name}.nii.gz" for name in ("ct", "ct_mask", "mr_mask"))
             mr = next(path for path in (folder / "mr_t1.nii.gz", folder / "mr.nii.gz") if path.is_file())
             image = nib.load(mask)
             values, affine = np.asarray(image.dataobj).astype(np.int32), image.affine
-            bad += [(folder.name, what, labels(wrong, affine)) for what, wrong in mistakes(values, affine, draw)]
+            bad += [(folder.name, what, labelled(mr, ct, path, wrong, affine)) for what, wrong in mistakes(values, affine, draw)]
             bad.append((folder.name, "images swapped, labels kept", verdict(read_pair, ct, mr, mask)))
             bad.append((folder.name, "the other image's labels", verdict(read_pair, mr, ct, its_mask)))
             bad.append((folder.name, "another scheme", verdict(read_labels, mask, "totalseg_v2")))
             good.append((folder.name, "pair", verdict(read_pair, mr, ct, mask, its_mask)))
-            for part, start in crops(values, draw, 9):
+            for part, start in crops(values, draw, 9):  # of the labels alone: the CT is whole
                 moved = affine.copy()
                 moved[:3, 3] += affine[:3, :3] @ start
                 if part.any():
-                    good.append((folder.name, "crop", labels(part, moved)))
+                    good.append((folder.name, "crop", labelled(mr, ct, path, part, moved)))
     for title, rows, fine in (("mixed up", bad, ("refused", "doubted")), ("good", good, ("passed",))):
         print(f"{title}: {len(rows)},", ", ".join(f"{sum(row[2] == kind for row in rows)} {kind}" for kind in ("refused", "doubted", "passed")))
         for row in rows:
