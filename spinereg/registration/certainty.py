@@ -244,11 +244,11 @@ def doubt_of(
         return f"less alike in the two images than its neighbours (local correlation {alike:.2f}; they {beside:.2f} or more)"
     if error_mm > MOST_MM or error_deg > MOST_DEG:
         return f"left open by the images, by some {error_mm:.1f} mm and {error_deg:.0f} degrees ({share:.0%} of it and its surroundings in view)"
-    if restarts_mm > MOST_MM:
-        return f"found up to {restarts_mm:.1f} mm away when looked for again from places nearby"
     for name, (turn, shift) in joints.items():
         if turn > JOINT_MOST_DEG or shift > JOINT_MOST_MM:
             return f"moved against {name} by {turn:.0f} degrees and {shift:.1f} mm at their joint, more than a joint does"
+    if restarts_mm > MOST_MM:
+        return f"found up to {restarts_mm:.1f} mm away when looked for again from places nearby"
     return ""
 
 # %% ../../nbs/42b_registration.certainty.ipynb #42b1e002
@@ -330,8 +330,8 @@ def judge_bones(
         joints = {names[other]: between[min(k, other)] for other in others if alike <= found.alike[other]}
         beside = min((float(found.alike[other]) for other in others if found.share[other] >= 0.5), default=0.0)
         given = alike, best, beside, error_mm, error_deg, joints, float(found.share[k]), (released_percent or {}).get(names[k], 0.0)
-        given += (again(k) if error_mm > MOST_MM / 2 or error_deg > MOST_DEG / 2 else 0.0,)
-        rows.append((*figures, doubt_of(*given)))
+        loose, doubt = error_mm > MOST_MM / 2 or error_deg > MOST_DEG / 2, doubt_of(*given)
+        rows.append((*figures, doubt_of(*given, again(k)) if loose and not doubt else doubt))
     table = pd.DataFrame(rows, columns=["alike", "error_mm", "error_deg", "doubt"], index=pd.Index(names, name="vertebra"))
     levels = level_ratios(fixed, moving, labels.data.to(device), numbers, torch.linalg.inv(poses).to(moving.image), found.share)
     return Judged(table, dict(zip(names, found.covariance.cpu().numpy())), levels)
