@@ -16,7 +16,7 @@ QUICKER = {
     "register": {"spacing_mm": 2.0, "prealign": "header", "steps": [10, 10, 5]},
     "rigidify": {"spacing_mm": 2.0},
     "elastix": {"spacing_mm": 3.0, "prealign": "header", "iterations": 5, "samples": 1000},
-    "evaluate": {"split": "val", "runs": {"pre-aligned": COARSE | {"method": "rigid"}, "optimised": COARSE | {"steps": [5, 5, 5]}}},
+    "evaluate": {"split": "val", "settings": {"pre-aligned": COARSE | {"method": "rigid"}, "optimised": COARSE | {"steps": [5, 5, 5]}}},
 }
 
 

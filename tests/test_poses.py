@@ -32,6 +32,19 @@ def pair():
     return read_pair(folder / "mr_t1.nii.gz", folder / "ct.nii.gz", folder / "ct_mask.nii.gz")
 
 
+@pytest.fixture(scope="module")
+def start(pair):
+    "The rigid start of that pair."
+    return rigid_start(pair, "search").rigid
+
+
+@pytest.fixture(scope="module")
+def easy():
+    "A pair whose bones are nearly in place, and its rigid start."
+    pair = read_pair(*(SAMPLES / "easy_0" / name for name in ("mr_t1.nii.gz", "ct.nii.gz", "ct_mask.nii.gz")))
+    return pair, rigid_start(pair).rigid
+
+
 def errors(pair, poses, truth):
     "Mean distance of each vertebra's bone from its true place, mm, and the angle, degrees."
     found = []
@@ -47,11 +60,10 @@ def images(pair):
     return sides_of(pair, torch.device("cpu"))
 
 
-def test_every_vertebra_of_the_sample_is_found_to_a_fraction_of_a_millimetre(pair):
+def test_every_vertebra_of_the_sample_is_found_to_a_fraction_of_a_millimetre(pair, start):
     """C7: oblique thick slices; the true motions are those that the case was made with."""
     names = pair.moving_labels.names
     truth = {row["name"]: np.array(row["matrix"]) for row in json.loads((SAMPLES / "clinical_0/truth.json").read_text())["vertebrae"]}
-    start = rigid_start(pair, "search").rigid
     found = find_poses(*images(pair), pair.moving_labels.data, len(names), start)
     whole = found.share.numpy() > 0.9
     rigid, true = torch.from_numpy(start).expand(len(names), 4, 4), [truth[name] for name in names]
@@ -83,11 +95,11 @@ def test_joints_that_turned_by_twelve_degrees_each_are_followed_along_the_spine(
     assert off[:, 0].max() < 0.4 and np.median(off[:, 1]) < 0.2
 
 
-def test_poses_turn_with_the_world(pair):
+def test_poses_turn_with_the_world(pair, start):
     turn = np.eye(4)
     turn[:3, :3], turn[:3, 3] = Rotation.from_rotvec([0.2, -0.3, 0.25]).as_matrix(), [30, -20, 10]
     labels, (fixed, moving), keep = pair.moving_labels.data, images(pair), 3  # whole vertebrae
-    start, labels = rigid_start(pair, "search").rigid, torch.where((labels >= 3) & (labels < 3 + keep), labels - 2, 0)
+    labels = torch.where((labels >= 3) & (labels < 3 + keep), labels - 2, 0)
     here = find_poses(fixed, moving, labels, keep, start).poses
     turned = [side._replace(grid=Grid(side.grid.shape, turn @ side.grid.affine)) for side in (fixed, moving)]
     there = find_poses(*turned, labels, keep, turn @ start @ np.linalg.inv(turn)).poses
@@ -116,10 +128,10 @@ def test_b5_c7_a_map_with_bones_first_is_rigid_in_them_and_needs_labels(tmp_path
     assert json.loads((tmp_path / "metrics.json").read_text())["prealign"]["confidence"] > 1
 
 
-def test_a_vertebra_out_of_view_is_told_and_one_barely_in_view_rides_rigidly_with_its_neighbour(tmp_path):
+def test_a_vertebra_out_of_view_is_told_and_one_barely_in_view_rides_rigidly_with_its_neighbour(easy):
     """The MR without its lower half: the bone at the cut is held as exactly as the others, after the motion of the one above it."""
-    pair = read_pair(*(SAMPLES / "easy_0" / name for name in ("mr_t1.nii.gz", "ct.nii.gz", "ct_mask.nii.gz")))
-    grid, rigid = pair.fixed.grid, rigid_start(pair).rigid
+    pair, rigid = easy
+    grid = pair.fixed.grid
     part = crop_grid(grid, [0, 0, 72], grid.shape)
     pair = pair._replace(fixed=replace(pair.fixed, data=pair.fixed.data[:, :, 72:], grid=part))
     scene = make_scene(pair, rigid, torch.device("cpu"))
@@ -138,12 +150,11 @@ def test_a_vertebra_out_of_view_is_told_and_one_barely_in_view_rides_rigidly_wit
     assert f"going with their neighbours: {', '.join(riding)}" in told and f"out of the fixed image: {', '.join(unseen)}" in told
 
 
-def test_one_vertebra_alone_is_found():
+def test_one_vertebra_alone_is_found(easy):
     """Labels of one vertebra only: it has no neighbour, and no joint."""
-    pair = read_pair(*(SAMPLES / "easy_0" / name for name in ("mr_t1.nii.gz", "ct.nii.gz", "ct_mask.nii.gz")))
+    pair, start = easy
     alone = replace(pair.moving_labels, data=(pair.moving_labels.data == 4).to(pair.moving_labels.data), names=("L2",), values=(21,))
     truth = {row["name"]: np.array(row["matrix"]) for row in json.loads((SAMPLES / "easy_0/truth.json").read_text())["vertebrae"]}
-    start = rigid_start(pair).rigid
     bones = find_bones(pair._replace(moving_labels=alone), make_scene(pair._replace(moving_labels=alone), start, torch.device("cpu")))
     (off,) = errors(pair._replace(moving_labels=alone), bones.poses.poses, [truth["L2"]])
     assert bones.names == ("L2",) and off[0] < 0.3 and off[1] < 1

@@ -264,12 +264,12 @@ def doubt_of(
     if error_mm > MOST_MM or error_deg > MOST_DEG:
         open_by = f"by some {error_mm:.1f} mm and {error_deg:.0f} degrees ({share:.0%} of it and its surroundings in view)"
         return part(f"left open by the images, {open_by}", *((error_mm, MOST_MM) if error_mm > MOST_MM else (error_deg, MOST_DEG)))
-    if restarts_mm > MOST_MM:
-        return part(f"found up to {restarts_mm:.1f} mm away when looked for again from places nearby", restarts_mm, MOST_MM)
     for name, (turn, shift) in joints.items():
         if turn > JOINT_MOST_DEG or shift > JOINT_MOST_MM:
             reason = f"moved against {name} by {turn:.0f} degrees and {shift:.1f} mm at their joint, more than a joint does"
             return part(reason, *((turn, JOINT_MOST_DEG) if turn > JOINT_MOST_DEG else (shift, JOINT_MOST_MM)))
+    if restarts_mm > MOST_MM:
+        return part(f"found up to {restarts_mm:.1f} mm away when looked for again from places nearby", restarts_mm, MOST_MM)
     return None
 
 # %% ../../nbs/42b_registration.certainty.ipynb #42b1e002
@@ -351,8 +351,8 @@ def judge_bones(
         joints = {names[other]: between[min(k, other)] for other in others if alike <= found.alike[other]}
         beside = min((float(found.alike[other]) for other in others if found.share[other] >= 0.5), default=0.0)
         given = alike, best, beside, error_mm, error_deg, joints, float(found.share[k]), (released_percent or {}).get(names[k], 0.0)
-        given += (again(k) if error_mm > MOST_MM / 2 or error_deg > MOST_DEG / 2 else 0.0,)
-        doubt = doubt_of(*given) or Doubt("")
+        loose, doubt = error_mm > MOST_MM / 2 or error_deg > MOST_DEG / 2, doubt_of(*given)
+        doubt = (doubt_of(*given, again(k)) if loose and not doubt else doubt) or Doubt("")
         rows.append((*figures, doubt.reason, doubt.value, doubt.threshold))
     columns = ["alike", "error_mm", "error_deg", "doubt", "doubt_value", "doubt_limit"]
     table = pd.DataFrame(rows, columns=columns, index=pd.Index(names, name="vertebra")).astype({"doubt_value": float, "doubt_limit": float})
