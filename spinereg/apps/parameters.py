@@ -41,7 +41,8 @@ def kind_in(annotation: ast.expr) -> object:
         case ast.Name(name):
             return KINDS.get(name, object)
         case ast.BinOp(left, ast.BitOr(), right):
-            return kind_in(left) | kind_in(right)
+            kinds = kind_in(left), kind_in(right)
+            return object if object in kinds else kinds[0] | kinds[1]
         case ast.Subscript(ast.Name("Literal"), words):
             return Literal[ast.literal_eval(words)]
         case ast.Subscript(value):  # list[float]
