@@ -145,10 +145,12 @@ def end_all(
 def end_with(
     parent: psutil.Process,
     mark: str,
+    over: threading.Event,  # set before anything is ended
 ) -> None:
     "End all processes of a job, this one too, once the one that started it is gone."
     while (psutil.WINDOWS or os.getppid() == parent.pid) and parent.is_running():
         time.sleep(0.5)
+    over.set()
     end_all(mark)
     os._exit(1)
 
@@ -226,11 +228,14 @@ def execute(
     "Execute the notebook of a job in this process, and write down how it ended."
     folder = Path(folder)
     record = read_record(folder)
-    threading.Thread(target=end_with, args=(psutil.Process(os.getppid()), record["mark"]), daemon=True).start()
+    over = threading.Event()
+    threading.Thread(target=end_with, args=(psutil.Process(os.getppid()), record["mark"], over), daemon=True).start()
     print(f"{record['notebook']} with", *(f"{name}={value!r}" for name, value in record["parameters"].items()), sep="\n  ", flush=True)
     with tempfile.TemporaryDirectory(prefix="spinereg-", ignore_cleanup_errors=True) as runtime:
         os.environ["JUPYTER_RUNTIME_DIR"] = runtime
         ending = run_notebook(record, folder / Path(record["notebook"]).name)
+    if over.is_set():
+        return  # the kernel did not fail: it was ended with the rest
     write_record(folder, record | ending)
     if ending["status"] == "failed":
         print(f"failed at {ending['stage']}: {ending['error']} {ending['hint']}", flush=True)

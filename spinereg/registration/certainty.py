@@ -174,12 +174,12 @@ def certainty(
     P = joint_information(lever @ motion[:, :3, :3].mT, has)
     unit = torch.tensor([np.deg2rad(1)] * 3 + [1.0] * 3, device=motion.device)
     g, (H, J, P) = g.double() * unit, (matrix.double() * unit * unit[:, None] for matrix in (H, J, P))
-    wide = torch.diag(torch.tensor([WIDE_DEG] * 3 + [WIDE_MM] * 3).to(H) ** -2)
+    P = P + torch.diag(torch.tensor([WIDE_DEG] * 3 + [WIDE_MM] * 3).to(P) ** -2)
     value, axes = torch.linalg.eigh(H)
-    inverse = torch.linalg.inv((axes * value.clamp_min(0)[:, None]) @ axes.mT + PRIOR * P + wide)
+    inverse = torch.linalg.inv((axes * value.clamp_min(0)[:, None]) @ axes.mT + PRIOR * P)
     floor = torch.diag(torch.tensor([FLOOR_DEG] * 3 + [FLOOR_MM] * 3).to(H) ** 2)
     step = (inverse @ g[:, :, None]).clamp(-20, 20)  # to where the summit seems to be
-    covariance = SCALE**2 * (inverse @ (J + PRIOR**2 * P + wide) @ inverse + step @ step.mT) + floor
+    covariance = SCALE**2 * (inverse @ (J + PRIOR**2 * P) @ inverse + step @ step.mT) + floor
     return Certainty(covariance, correlation(at, at.patches.read(motion)[0]), at.share)
 
 # %% ../../nbs/42b_registration.certainty.ipynb #a996d0d8
