@@ -53,11 +53,12 @@ def table(path, **cases):
 
 
 def left_over():
-    "Processes of any job."
-    found = []
+    "Processes of any job, but for those of tests that run beside this one."
+    found, beside = [], "PYTEST_XDIST_WORKER"
     for process in psutil.process_iter():
         try:
-            found += [process] if MARK in process.environ() and process.status() != psutil.STATUS_ZOMBIE else []
+            ours = MARK in process.environ() and process.environ().get(beside) == os.environ.get(beside)
+            found += [process] if ours and process.status() != psutil.STATUS_ZOMBIE else []
         except (psutil.Error, OSError):
             pass
     return [process for process in found if process.pid != os.getpid()]
