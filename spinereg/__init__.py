@@ -3,6 +3,7 @@
 __version__ = "0.1.1"
 
 from importlib import import_module
+from inspect import isfunction
 
 PUBLIC = {  # name -> where it is defined; imported when it is first asked for
     "register": "registration.register",
@@ -45,6 +46,8 @@ def __getattr__(name: str) -> object:
     if name not in PUBLIC:
         raise AttributeError(f"module 'spinereg' has no attribute {name!r}; it has {', '.join(__all__)}")
     value = globals()[name] = getattr(import_module(f"{__name__}.{PUBLIC[name]}"), name)
+    if isfunction(value):
+        value.__doc__ = import_module(f"{__name__}.apps.help").explain(value)
     return value
 
 

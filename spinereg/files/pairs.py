@@ -167,6 +167,13 @@ class Pair(NamedTuple):
     moving_modality: str
     notices: tuple[Notice, ...] = ()  # about all of its files
 
+    def __repr__(self):
+        said = [f"fixed {self.fixed_modality.upper()} {self.fixed.grid}", f"moving {self.moving_modality.upper()} {self.moving.grid}"]
+        said += [f"moving_labels {', '.join(self.moving_labels.names)}"] if self.moving_labels else []
+        said += [f"fixed_labels {', '.join(self.fixed_labels.names)}"] if self.fixed_labels else []
+        said += [f"{len(self.landmarks.vertebra)} landmarks"] if self.landmarks else []
+        return f"Pair({'; '.join([*said, f'{len(self.notices)} notices'])})"
+
 # %% ../../nbs/14_files.pairs.ipynb #185adf2c
 def attempt(
     errors: list[InputError],  # grows
@@ -215,9 +222,9 @@ def read_pair(
     fixed_labels: ImageLike | None = None,  # vertebrae of the fixed image, for measuring
     landmarks: LandmarksLike | None = None,  # for measuring
     moving_modality: str = "auto",  # "auto", "ct" or "mr"
-    fixed_modality: str = "auto",
-    moving_scheme: str | Mapping = "verse",  # whose numbers the labels are
-    fixed_scheme: str | Mapping = "verse",
+    fixed_modality: str = "auto",  # likewise
+    moving_scheme: str | Mapping = "verse",  # whose numbers the moving labels are
+    fixed_scheme: str | Mapping = "verse",  # whose numbers the fixed labels are
     keep_doubtful: bool = False,  # whether moving vertebrae whose label is no whole bone are taken all the same
 ) -> Pair:
     "Read and check all files of a pair; one error lists everything that is wrong."

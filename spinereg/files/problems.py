@@ -74,6 +74,9 @@ class InputError(ValueError):
             return str(self.problems[0])
         return f"{len(self.problems)} problems with the input:\n" + "\n".join(f"{n}. {problem}" for n, problem in enumerate(self.problems, 1))
 
+    def _render_traceback_(self) -> list[str]:  # what IPython shows; where in here it was raised helps nobody who gave a wrong file
+        return [f"InputError: {self}"]
+
 # %% ../../nbs/10_files.problems.ipynb #b6f2406f
 class InputFile:
     "A file that is being read, or what stands for it in memory: which input it is, and what was noticed about it so far."

@@ -42,6 +42,10 @@ class SpineTransform:
     rigid: np.ndarray  # (4, 4) pre-alignment, fixed -> moving world
     bones: Polyrigid | None = None  # bone in which the map is a rigid motion to the last digit, with `rigid` for its background
 
+    def __repr__(self):
+        most_mm, shift_mm = self.disp.square().sum(1).max().sqrt().item(), np.linalg.norm(self.rigid[:3, 3])
+        return f"SpineTransform(up to {most_mm:.1f} mm, then a rigid motion with a shift of {shift_mm:.1f} mm; {self.grid})"
+
     def points(self, fixed_mm: Float[Tensor, "*p 3"]) -> Float[Tensor, "*p 3"]:  # fixed -> moving
         return transform_points(self.rigid, self._follow(fixed_mm))
 

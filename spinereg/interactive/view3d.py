@@ -174,7 +174,7 @@ class View3D(Viewer):
 
 # %% ../../nbs/77_interactive.view3d.ipynb #c7532d7f
 def view3d(
-    data: Registration | Pair | Stack,
+    data: Registration | Pair | Stack,  # what is shown
     image: str = "fixed",  # "fixed", "moving" or, after a registration, "moved"
     labels: str | None = None,  # likewise; the moved ones, or those there are, when None
     engine: str = "niivue",  # or "itkwidgets", after `install_itk_viewer()`

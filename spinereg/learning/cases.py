@@ -284,9 +284,9 @@ def compare_cases(
 # %% ../../nbs/50_learning.cases.ipynb #add74d2a
 def check(
     data_dir: str | Path,  # folder with train, val and test
-    splits: Sequence[str] = ("train", "val", "test"),
-    moving_scheme: str | Mapping[int, str | None] = "verse",  # whose numbers the labels are
-    fixed_scheme: str | Mapping[int, str | None] = "verse",
+    splits: Sequence[str] = ("train", "val", "test"),  # those whose cases are read
+    moving_scheme: str | Mapping[int, str | None] = "verse",  # whose numbers the labels of the moving images are
+    fixed_scheme: str | Mapping[int, str | None] = "verse",  # whose numbers those of the fixed images are
     prealign: str = "auto",  # as in `register`
     out_dir: str | Path | None = None,  # folder for check.csv; None writes none
 ) -> pd.DataFrame:  # a row per finding: kind, case, file, key, reason, fix; problems first

@@ -385,6 +385,9 @@ class Fitted(NamedTuple):
     left_out: pd.DataFrame  # case, vertebra ("" for a whole case), reason
     stopped: bool  # by its callback, before the last epoch
 
+    def __repr__(self):
+        return f"Fitted({len(self.steps)} steps in {len(self.epochs)} epochs{', stopped' * self.stopped}; weights {self.weights})"
+
 
 def outcome(
     training: Training,

@@ -255,11 +255,11 @@ def told_in(
 def load(
     out_dir: str | Path,  # the folder that `register`, `register_elastix` or `evaluate_transform` wrote
     fixed: ImageLike | None = None,  # where the fixed image is now; None where it was, or where it has been moved to together with the folder
-    moving: ImageLike | None = None,  # likewise, as the others
-    moving_labels: ImageLike | None = None,
-    fixed_labels: ImageLike | None = None,
-    landmarks: LandmarksLike | None = None,
-) -> Registration:
+    moving: ImageLike | None = None,  # where the moving image is now
+    moving_labels: ImageLike | None = None,  # where its labels are now
+    fixed_labels: ImageLike | None = None,  # where those of the fixed image are now
+    landmarks: LandmarksLike | None = None,  # where the landmarks are now
+) -> Registration:  # all that works on a fresh result works on it
     "Open a saved result again: the same object that was saved, without registering a second time."
     file = InputFile("out_dir", out_dir)
     if not file.path.is_dir():

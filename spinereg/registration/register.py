@@ -144,7 +144,7 @@ METHODS = ("auto", "polyrigid", "optimise", "network", "rigid")  # ways to a map
 class Way(Inputs):
     "The method, and what is left to it to choose."
 
-    method: str = "auto"  # one of METHODS; "auto" is "polyrigid" (bones first) with moving_labels, and "optimise" without
+    method: str = "auto"  # "auto", "polyrigid" (bones first; what "auto" is with moving_labels), "optimise" (without), "network", "rigid"
     levels: tuple | list | np.ndarray = (4, 2, 1)  # voxel sizes from coarse to fine, in multiples of spacing_mm
     steps: tuple | list | np.ndarray | None = None  # optimiser steps per level; None: (40, 40, 8) with "polyrigid", else (60, 60, 25)
     weight_diffusion: float | None = None  # smoothness of the velocity; None: 12 beside the bones of "polyrigid", else 3
@@ -420,7 +420,7 @@ def register(
     fixed_labels: ImageLike | None = None,  # vertebrae of the fixed image, for measuring only
     landmarks: LandmarksLike | None = None,  # matching points: a CSV, or the points of each image, for measuring only
     out_dir: str | Path | None = None,  # folder of the result files; None writes none
-    method: str = "auto",  # one of METHODS; "auto" is "polyrigid" (bones first) with moving_labels, and "optimise" without
+    method: str = "auto",  # "auto", "polyrigid" (bones first; what "auto" is with moving_labels), "optimise" (without), "network", "rigid"
     weights: str | Path | None = None,  # of the network: a file, or the folder that `fit` wrote
     polish: int = 0,  # optimiser steps after the network, on the finest level
     moving_modality: str = "auto",  # "auto", "ct" or "mr"
@@ -444,7 +444,7 @@ def register(
     rigidify: bool = False,  # whether the field found is made exactly rigid in every vertebra
     poses: str | Path | Mapping[str, object] | None = None,  # where "polyrigid" begins: a result folder, its vertebrae.csv, or (4, 4) by name
     on_step: Callable[[Step], None] | None = None,  # called after every step; may change weights, and stop
-) -> Registration:
+) -> Registration:  # the map, the moved image, a table of vertebrae and every figure; what stands last in a cell shows itself
     "Register a moving to a fixed image: soft tissue deforms, every labelled vertebra stays rigid."
     settings = RegisterSettings(
         fixed=fixed, moving=moving, moving_labels=moving_labels, fixed_labels=fixed_labels, landmarks=landmarks, out_dir=out_dir,

@@ -6,14 +6,16 @@
 __all__ = ['IMAGE_FILES', 'FIGURE_FILES', 'RESULT_FILES', 'pose_table', 'vertebra_table', 'touches_border', 'rigidity_means',
            'released_percent', 'held_by_own', 'BoneFigures', 'measure_bones', 'Compared', 'compare_labels',
            'measure_labels', 'measure_landmarks', 'measure_likeness', 'measure_field', 'view_of', 'Measured',
-           'measure_all', 'Registration', 'files_read', 'write_figures', 'write_images', 'not_saved', 'save']
+           'measure_all', 'page', 'Registration', 'files_read', 'write_figures', 'write_images', 'not_saved', 'save']
 
 # %% ../../nbs/46_registration.results.ipynb #5e830d6b
+import base64
 import errno
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,6 +53,7 @@ from spinereg.registration.report import (
     main_figures,
     marked,
     summarise,
+    verdict,
     vertebra_columns,
 )
 from .scene import Scene, make_batch, overlap_mask
@@ -322,6 +325,18 @@ def measure_all(
     moved = warp(image, pair.moving.grid, native, transform.disp_on(native), transform.rigid, outside="lowest")[0, 0]
     return Measured(figures, moved, moved_labels, view)
 
+# %% ../../nbs/46_registration.results.ipynb #46pg0001
+def page(
+    summary: str,
+    table: pd.DataFrame,
+    picture: Picture,
+) -> str:  # HTML
+    "What a notebook shows of a result: what is said of it, the picture, and a row per vertebra."
+    png = base64.b64encode(picture._repr_png_()).decode()
+    said = escape(summary).replace("\n", "<br>")
+    image = f'<img alt="overview of the registration" style="max-width: 100%" src="data:image/png;base64,{png}">'
+    return f"<p>{said}</p>{image}{table.to_html(escape=True, na_rep='')}"
+
 # %% ../../nbs/46_registration.results.ipynb #29a728aa
 @dataclass(frozen=True, eq=False)
 class Registration:
@@ -334,6 +349,14 @@ class Registration:
     metrics: Metrics  # every figure, and how the result came about
     history: pd.DataFrame  # a row per step of the optimiser
     view: Overview  # for the pictures
+
+    def __repr__(self):
+        names, way = self.vertebrae.index, self.metrics.parameters.get("method", "")
+        span = f"{len(names)} vertebrae, {names[0]} to {names[-1]}" if len(names) else "no vertebrae"
+        return f"Registration({span}; method {way}; {verdict(doubts(self.metrics))})"
+
+    def _repr_html_(self) -> str:
+        return page(self.summary(), self.table(), self.overview())
 
     @property
     def start(self) -> RigidStart:
