@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pandas as pd
@@ -13,10 +15,11 @@ import psutil
 import pytest
 
 from spinereg.apps.batch import count_no_failures, executor_of, run_batch, run_jobs, share_machine
+from spinereg.apps.command import main
 from spinereg.apps.job import MARK, Job, is_alive, processes_of, read_record, run_job, run_notebook, write_record
 from spinereg.apps.parameters import check_values, find_app, parameters_of, value_of
 from spinereg.apps.paths import apps, fits
-from spinereg.apps.plan import make_jobs, plan_jobs, read_cases, read_grid, settings_of, why_to_do
+from spinereg.apps.plan import make_jobs, plan_jobs, read_cases, read_grid, set_aside, settings_of, why_to_do, write_plan
 from spinereg.apps.slurm import write_array
 from spinereg.compare.jobs import planned_jobs
 from spinereg.files.problems import folder_aside
@@ -352,3 +355,108 @@ def test_cases_that_cannot_be_run_are_told_without_a_kernel(tmp_path, capsys):
     job = Job("register", "register.ipynb", str(tmp_path / "a"), {}, ".", "a", problem="there is no ct.nii.gz")
     run_jobs([job], tmp_path)
     assert "a: failed at files: there is no ct.nii.gz" in capsys.readouterr().out and read_record(tmp_path / "a")["status"] == "failed"
+
+
+# what would be done twice, or not at all, or by the wrong one
+
+
+def test_a_second_batch_leaves_the_record_of_the_first_alone(tmp_path):
+    """Its jobs say who is at them; nothing of them is ended, and their records stay."""
+    app = notebook(tmp_path / "mine.ipynb", HEAD, BODY)
+    cases = table(tmp_path / "cases.csv", a="time.sleep(12)")
+    first = command("batch", app, "--cases", cases, "--out", tmp_path / "out", "--jobs", "1", cwd=tmp_path)
+    assert soon(lambda: processes_of(read_record(tmp_path / "out/a").get("mark", "?")), 60)
+    rows = run_batch(str(app), cases, tmp_path / "out", jobs=1)
+    assert rows.status.tolist() == ["failed"] and "is at it" in rows.error[0]
+    assert read_record(tmp_path / "out/a")["status"] == "running"
+    assert first.wait(60) == 0 and read_record(tmp_path / "out/a")["status"] == "done"
+
+
+def test_what_a_setting_says_holds_for_every_case(tmp_path):
+    """A file that was found may be left out by a setting; a value of a table and of a setting are one too many."""
+    plan = plan_jobs("register", ROOT / "data_samples/test", tmp_path / "out", {"with": {}, "without": {"moving_labels": None}})
+    labels = {(job.setting, job.case): job.parameters["moving_labels"] for job in plan}
+    assert labels["without", "easy_0"] is None and str(labels["with", "easy_0"]).endswith("ct_mask.nii.gz")
+    app = notebook(tmp_path / "mine.ipynb", HEAD, BODY)
+    cases = table(tmp_path / "cases.csv", a="0")
+    (job,) = plan_jobs(str(app), cases, tmp_path / "out", parameters={"do": "1"})
+    assert job.parameters["do"] == "0", "a case may differ from all"
+    with pytest.raises(ValueError, match="case a: do is given by the table and by a setting"):
+        plan_jobs(str(app), cases, tmp_path / "out", {"one": {"do": "1"}})
+    with pytest.raises(ValueError, match="two settings of it would have one name"):
+        settings_of({"do": ["a/b", "a:b"]})
+
+
+def test_an_old_result_does_not_stand_for_one_to_come(tmp_path):
+    """Other parameters: the record says so until the job has run, and what cannot stand beside it leaves the plan."""
+    app = notebook(tmp_path / "mine.ipynb", HEAD, BODY)
+    cases = table(tmp_path / "cases.csv", a="0", b="0")
+    assert run_batch(str(app), cases, tmp_path / "out", jobs=1).status.tolist() == ["done", "done"]
+    table(cases, a="1")
+    jobs = plan_jobs(str(app), cases, tmp_path / "out")
+    set_aside(jobs, [why_to_do(job) for job in jobs])
+    assert read_record(tmp_path / "out/a")["status"] == "outdated" and why_to_do(jobs[0]) == "outdated"
+    write_plan(tmp_path / "out", str(app), jobs)
+    assert planned_jobs(tmp_path / "out") == [("", "a"), ("", "b")]
+    write_plan(tmp_path / "out", str(app), jobs[:1], {"do": "1"})
+    assert planned_jobs(tmp_path / "out") == [("", "a")], "b was made otherwise"
+    write_plan(tmp_path / "out", str(app), [job._replace(code={"app": "another"}) for job in jobs])
+    assert planned_jobs(tmp_path / "out") == [("", "a")]
+
+
+def test_a_file_named_by_a_default_is_an_input(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "atlas.txt").write_text("1")
+    app = notebook(tmp_path / "mine.ipynb", HEAD + '\natlas = "atlas.txt"  # what is read', BODY)
+    assert run_batch(str(app), None, tmp_path / "out", parameters={"do": "0"}, jobs=1).status.tolist() == ["done"]
+    (job,) = plan_jobs(str(app), None, tmp_path / "out", parameters={"do": "0"})
+    assert why_to_do(job) == ""
+    (tmp_path / "atlas.txt").write_text("2")
+    assert why_to_do(job) == "done with other files"
+
+
+def test_folders_that_are_no_cases_and_words_that_are_no_paths(tmp_path):
+    for name in ("data/easy/x", "data/.hidden", "data/out/case", "labels"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "data/out/batch.json").write_text("{}")
+    (tmp_path / "data/.DS_Store").write_text("")
+    (tmp_path / "data/README").write_text("")
+    for name in ("ct.nii.gz", "mr.nii.gz"):
+        shutil.copy(ROOT / "data_samples/test/easy_0/ct.nii.gz", tmp_path / "data/easy" / name)
+    known = parameters_of(find_app("register"))
+    for cases in (tmp_path / "data", tmp_path / "data/*", tmp_path / "data/*/*.nii.gz"):
+        assert [case.case for case in read_cases(cases, known)] == ["easy"], cases
+    pd.DataFrame([{"case": "a", "prealign": "labels", "fixed": "data/easy/mr.nii.gz"}]).to_csv(tmp_path / "cases.csv", index=False)
+    (given,) = read_cases(tmp_path / "cases.csv", known)
+    assert given.parameters == {"prealign": "labels", "fixed": str(tmp_path / "data/easy/mr.nii.gz")}
+
+
+def test_mistakes_of_the_command_line_are_a_sentence(tmp_path, capsys):
+    (tmp_path / "bad.yaml").write_text("a: [1, 2")
+    (tmp_path / "list.yaml").write_text("- 1")
+    notebook(tmp_path / "magic.ipynb", "%matplotlib")
+    sweep = ("sweep", "register", "--cases", ROOT / "data_samples/test", "--out", tmp_path / "out", "--grid")
+    mistakes = {
+        "it is no YAML": (*sweep, tmp_path / "bad.yaml"),
+        "expected names with lists": (*sweep, tmp_path / "list.yaml"),
+        "spinereg batch has --jobs itself": ("batch", "evaluate", "--out", tmp_path / "out"),
+        "is no plain Python": ("batch", tmp_path / "magic.ipynb", "--out", tmp_path / "out"),
+        "there is no app": ("batch", "--jobs", "4", "registr", "--out", tmp_path / "out"),
+    }
+    for said, words in mistakes.items():
+        assert main([*map(str, words)]) == 2
+        assert said in capsys.readouterr().err, words
+    (tmp_path / "good.yaml").write_text("fine: {step_mm: 1e-1}")
+    assert read_grid([str(tmp_path / "good.yaml")], parameters_of(find_app("register"))) == {"fine": {"step_mm": 0.1}}
+
+
+def test_a_machine_of_others_is_not_measured_by_this_one(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr("spinereg.apps.batch.run_all", lambda work, pool, limits, bar: seen.append(limits) or {})
+    monkeypatch.setattr("spinereg.apps.batch.executor_of", lambda *given: nullcontext())
+    app = notebook(tmp_path / "mine.ipynb", HEAD, BODY)
+    (job,) = plan_jobs(str(app), None, tmp_path / "out")
+    run_jobs([job], tmp_path / "out")
+    run_jobs([job], tmp_path / "out", scheduler="tcp://elsewhere:1")
+    assert seen[0].threads == os.cpu_count() or seen[0].threads > 1 or os.cpu_count() == 1, "one job has the machine for itself"
+    assert seen[1].threads == 0 and seen[1].memory_gb == float("inf")

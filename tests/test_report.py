@@ -138,7 +138,7 @@ def test_the_page_and_its_tables(batch, one):
     assert all((batch / link).is_file() for _, link in good["links"]) and {"job.json", "vertebrae.csv"} <= {name for name, _ in good["links"]}
     assert page.detail("folded")["reasons"] == [{"reason": "the map folds", "value": 17, "threshold": 0, "concerns": "whole"}]
     assert good["parameters"] == {"fixed": "/data/good/mr.nii.gz"} and data["parameters"] == {"spacing_mm": 4.0}
-    shown = dict(zip(data["columns"], data["cases"][[row[1] for row in data["cases"]].index("good")][5:]))
+    shown = dict(zip(data["columns"], data["cases"][[row[1] for row in data["cases"]].index("good")][6:]))
     assert shown["dice"] == pytest.approx(tables["cases"].set_index("case").dice["good"], rel=1e-4)
 
 
@@ -534,3 +534,25 @@ def test_a_page_of_ten_thousand_cases_reads_its_pictures_from_the_folders(one, t
     tab.locator("#search").fill("case 09999")
     open_case(tab, "case 09999")
     assert tab.evaluate("picture.src.startsWith('file:') && picture.naturalWidth > 0")
+
+
+def test_a_judgement_holds_for_the_result_that_was_seen(one, tmp_path, tab):
+    """A case that is done again is to be judged again, and told so; what was said of others stays, also when cases are added."""
+    out = tmp_path / "out"
+    plan(out, [("", "again"), ("", "same")])
+    for name in ("again", "same"):
+        finished(one, out / name)
+    visit(tab, write_report(out))
+    for name in ("again", "same"):
+        open_case(tab, name)
+        tab.keyboard.press("p")
+        tab.keyboard.press("Escape")
+    plan(out, [("", "again"), ("", "same"), ("", "new")])
+    record = json.loads((out / "again/job.json").read_text())
+    (out / "again/job.json").write_text(json.dumps(record | {"ended": "later"}))
+    visit(tab, write_report(out))
+    open_case(tab, "again")
+    assert tab.locator("#judge [aria-pressed=true]").count() == 0 and "was judged pass" in tab.locator("#said").inner_text()
+    tab.keyboard.press("Escape")
+    open_case(tab, "same")
+    assert tab.locator("#judge [aria-pressed=true]").inner_text().startswith("pass")

@@ -15,16 +15,16 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pandas as pd
 import psutil
 from tqdm import tqdm
 
-from .job import FORMAT, Job, Limits, read_record, run_job, write_record
+from .job import FORMAT, Busy, Job, Limits, read_record, run_job, write_record
 from .parameters import parameters_of
-from .plan import plan_jobs, why_to_do, write_plan
+from .plan import plan_jobs, set_aside, why_to_do, write_plan
 from ..files.problems import check_folder, folder_aside, user_path
 
 # %% ../../nbs/94_apps.batch.ipynb #ac735ed5
@@ -66,7 +66,7 @@ def gpus_for(
     "The GPUs to be shared out among jobs."
     known = {notebook: parameters_of(Path(notebook)).get("device") for notebook in {job.notebook for job in jobs}}
     devices = [job.parameters.get("device", known[job.notebook].default) for job in jobs if known[job.notebook]]
-    return gpus_here() if any(device != "cpu" for device in devices) else ()
+    return gpus_here() if any(device in ("auto", "cuda", "gpu") for device in devices) else ()
 
 # %% ../../nbs/94_apps.batch.ipynb #d4ab0772
 @contextmanager
@@ -110,13 +110,16 @@ def outcome(
     try:
         return future.result()
     except CancelledError:
-        return {"status": "stopped", "died": False}
+        return {**job._asdict(), "status": "stopped", "stage": "worker", "error": "its worker went away.", "hint": "Run it again.", "died": False}
+    except Busy as error:  # the record is the other's
+        return {**job._asdict(), "status": "failed", "stage": "worker", "error": str(error), "hint": "", "died": False}
     except Exception as error:
         died = type(error).__name__ == "KilledWorker"
         said = "its worker was killed" if died else f"{type(error).__name__}: {error}"
         begun = read_record(Path(job.folder)) or {"format": FORMAT, **job._asdict(), "attempts": 0}
         record = begun | {"status": "failed", "stage": "worker", "error": said, "hint": "", "died": died}
-        write_record(Path(job.folder), record)
+        with suppress(OSError):
+            write_record(Path(job.folder), record)
         return record
 
 
@@ -124,7 +127,8 @@ def not_run(job: Job) -> dict[str, object]:
     "The record of a job that cannot be run."
     ending = {"status": "failed", "stage": "files", "error": job.problem, "hint": "", "seconds": 0.0, "attempts": 0}
     record = {"format": FORMAT, **job._asdict(), **ending}
-    write_record(Path(job.folder), record)
+    with suppress(OSError):
+        write_record(Path(job.folder), record)
     return record
 
 # %% ../../nbs/94_apps.batch.ipynb #d6ccef67
@@ -144,23 +148,29 @@ def run_all(
     pool: Executor,
     limits: Limits,
     bar: tqdm,
-) -> None:
-    "Run jobs until none is left; the records tell how each ended."
+) -> dict[str, dict]:  # folder -> record
+    "Run jobs until none is left."
+    ended = {}
     pending = {pool.submit(run_job, job, limits, 1): (job, 1) for job in jobs}
     try:
         while pending:
-            for future in wait(pending, return_when=FIRST_COMPLETED).done:
+            done = wait(pending, timeout=300, return_when=FIRST_COMPLETED).done
+            if limits.batch:
+                os.utime(limits.batch)  # a sign of life for other machines
+            for future in done:
                 job, attempt = pending.pop(future)
                 record = outcome(job, future)
                 if record.get("died") and attempt < TRIES:
                     bar.write(f"{line_of(record)} It is tried once more.", file=sys.stdout)
                     pending[pool.submit(run_job, job, limits, attempt + 1)] = job, attempt + 1
                     continue
+                ended[job.folder] = record
                 bar.write(line_of(record), file=sys.stdout)
                 bar.update()
     finally:
         for future in pending:
             future.cancel()
+    return ended
 
 
 def wait_for_end(
@@ -194,9 +204,12 @@ COLUMNS = ["setting", "case", "status", "stage", "error", "hint", "seconds", "at
 BAR = "{n_fmt} of {total_fmt} jobs |{bar:30}| {elapsed}, {remaining} left"  # format of tqdm
 
 
-def table_of(jobs: Sequence[Job]) -> pd.DataFrame:  # a row per job
-    "How jobs ended, from their records."
-    records = [job._asdict() | {"status": "not begun"} | read_record(Path(job.folder)) for job in jobs]
+def table_of(
+    jobs: Sequence[Job],
+    ended: Mapping[str, Mapping],  # folder -> record, of those that ran now
+) -> pd.DataFrame:  # a row per job
+    "How jobs ended, now or before."
+    records = [job._asdict() | {"status": "not begun"} | (ended.get(job.folder) or read_record(Path(job.folder))) for job in jobs]
     return pd.DataFrame(records).reindex(columns=COLUMNS)
 
 
@@ -213,19 +226,24 @@ def run_jobs(
     scheduler: str | None = None,  # address of a Dask scheduler
     cluster: object | None = None,  # of Dask
     memory_gb: float | None = None,  # that a job may take
-) -> None:
+) -> dict[str, dict]:  # folder -> record
     "Run jobs at a time, and see all of them end."
-    for job in (broken := [job for job in todo if job.problem]):
-        print(line_of(not_run(job)))
+    ended = {job.folder: not_run(job) for job in todo if job.problem}
+    for record in ended.values():
+        print(line_of(record))
     work = [job for job in todo if not job.problem]
     if not work:
-        return
-    jobs, limits = share_machine(min(jobs, len(work)) if jobs else jobs, memory_gb, gpus_for(work))
-    bar = tqdm(total=len(todo), initial=len(broken), bar_format=BAR, mininterval=1, file=sys.stdout)
-    with ended_by_signal(), executor_of(min(jobs, len(work)), scheduler, cluster) as pool, bar:
+        return ended
+    if scheduler is None and cluster is None:
+        jobs, limits = share_machine(jobs, memory_gb, gpus_for(work))
+        jobs, limits = (jobs, limits) if jobs <= len(work) else share_machine(len(work), memory_gb, limits.gpus)
+    else:  # what this machine has says nothing of those
+        jobs, limits = jobs or 1, Limits(memory_gb=memory_gb or float("inf"))
+    bar = tqdm(total=len(todo), initial=len(ended), bar_format=BAR, mininterval=1, file=sys.stdout)
+    with ended_by_signal(), executor_of(jobs, scheduler, cluster) as pool, bar:
         try:
             with folder_aside(user_path(out_dir)) as mark:
-                run_all(work, pool, limits._replace(batch=str(mark)), bar)
+                return ended | run_all(work, pool, limits._replace(batch=str(mark)), bar)
         finally:
             wait_for_end(work)
 
@@ -245,7 +263,8 @@ def run_batch(
     planned = plan_jobs(app, cases, out_dir, settings, parameters)
     check_folder("out_dir", out_dir)
     reasons = [why_to_do(job) for job in planned]
-    write_plan(user_path(out_dir), app, planned)
+    write_plan(user_path(out_dir), app, planned, parameters)
+    set_aside(planned, reasons)
     print(say_plan(reasons))
-    run_jobs([job for job, reason in zip(planned, reasons) if reason], out_dir, jobs, scheduler, cluster, memory_gb)
-    return table_of(planned)
+    ended = run_jobs([job for job, reason in zip(planned, reasons) if reason], out_dir, jobs, scheduler, cluster, memory_gb)
+    return table_of(planned, ended)

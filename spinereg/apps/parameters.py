@@ -68,9 +68,13 @@ def parameters_of(
     tagged = ["".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
     found = {}
     for text in tagged[:1]:
+        try:
+            lines = ast.parse(text).body
+        except SyntaxError as error:
+            raise ValueError(f"{notebook}: its cell of parameters is no plain Python: {error}") from error
         tokens = tokenize.generate_tokens(io.StringIO(text).readline)
         comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
-        for line in ast.parse(text).body:
+        for line in lines:
             if isinstance(line, (ast.Assign, ast.AnnAssign)):
                 (name,) = [line.target] if isinstance(line, ast.AnnAssign) else line.targets
                 default = ast.literal_eval(line.value)

@@ -163,7 +163,7 @@ TEXTS = ("setting", "case", "verdict", "status")
 
 def table_of(
     cases: pd.DataFrame,  # a row per job
-) -> tuple[list[str], list[list]]:  # names of the figures; rows: the texts, why, figures
+) -> tuple[list[str], list[list]]:  # names of the figures; rows: the texts, why, when the result was made, figures
     "The table of the page."
     known = cases.select_dtypes("number").dropna(axis=1, how="all")
     columns = [name for name in SORTED_BY if name in known]
@@ -172,7 +172,7 @@ def table_of(
     undone = cases.status.where(cases.status != "done", "") + cases.stage.where(cases.stage == "", " in " + cases.stage)
     errors = cases.error.where((cases.error == "") | (cases.stage == ""), cases.stage + ": " + cases.error)
     why = cases.reasons.where(cases.reasons != "", errors).where(lambda text: text != "", undone)
-    return columns, pd.concat([cases[[*TEXTS]], why.rename("why"), cases[columns]], axis=1).astype(object).to_numpy().tolist()
+    return columns, pd.concat([cases[[*TEXTS]], why.rename("why"), cases.made, cases[columns]], axis=1).astype(object).to_numpy().tolist()
 
 # %% ../../nbs/95a_apps.report.ipynb #16b62738
 def comparison_rows(
@@ -208,9 +208,9 @@ def policy_of(
     return "default-src 'none'; script-src {}; style-src {}; img-src data:{}; base-uri 'none'; form-action 'none'".format(*hashes, beside)
 
 
-def batch_key(out_dir: Path, jobs: Sequence[tuple[str, str]]) -> str:
-    "A name for what a browser keeps about this batch."
-    return "spinereg-judged-" + hashlib.sha256(json.dumps([str(out_dir.resolve()), list(jobs)]).encode()).hexdigest()[:16]
+def batch_key(out_dir: Path) -> str:
+    "A name for what a browser keeps about this batch, also when cases are added to it."
+    return "spinereg-judged-" + hashlib.sha256(str(out_dir.resolve()).encode()).hexdigest()[:16]
 
 # %% ../../nbs/95a_apps.report.ipynb #cfa48b06
 def cohort_of(
@@ -252,7 +252,7 @@ def render(
 ) -> str:
     "The page of a batch."
     cohort, linked, name = cohort_of(gathered, settings), len(jobs) > EMBEDDED, shown(out_dir.resolve().name)
-    data = data_of(gathered, batch_key(out_dir, jobs), cohort["several"])
+    data = data_of(gathered, batch_key(out_dir), cohort["several"])
     script, style = page_file("report.js"), page_file("report.css")
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(page_file("report.html"))
     return page.render(

@@ -6,6 +6,7 @@
 __all__ = ['MOST_TASKS', 'SCRIPT', 'write_array', 'part_of', 'run_part']
 
 # %% ../../nbs/96_apps.slurm.ipynb #1529db00
+import hashlib
 import json
 import shlex
 import sys
@@ -44,8 +45,8 @@ def write_array(
     "Write a job script for an array of tasks, and the list it works off."
     script, out_dir = user_path(script), user_path(out_dir).absolute()
     share = max(share, -(-len(jobs) // MOST_TASKS))
-    plan = out_dir / f"{script.stem}.jsonl"
     lines = "".join(json.dumps(job._asdict()) + "\n" for job in jobs)
+    plan = out_dir / f"{script.stem}-{hashlib.sha256(lines.encode()).hexdigest()[:12]}.jsonl"  # an array that still waits keeps its own
     write_atomic(plan, lambda path: path.write_text(lines, "utf-8"))
     words = {"python": shlex.quote(sys.executable), "plan": shlex.quote(str(plan)), "log": str(out_dir / "slurm-%A_%a.txt").replace(" ", "\\ ")}
     text = SCRIPT.format(last=(len(jobs) - 1) // share, count=len(jobs), share=share, hours=max(1, share // 2), **words)

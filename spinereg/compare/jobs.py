@@ -111,6 +111,9 @@ def read_job(
         result = read_result(folder, record.get("app") == "register") if record.get("status") == "done" else ()
     except InputError as error:
         return Job(setting, case, folder, record, fault=error)
+    except (OSError, LookupError, TypeError, AttributeError) as error:  # files that hold anything, or cannot be read
+        said = f"{type(error).__name__}: {error}"
+        return Job(setting, case, folder, record, fault=InputFile("job", folder).error(f"it cannot be read ({said})", "Run the job again."))
     return Job(setting, case, folder, record, *result)
 
 
@@ -127,7 +130,8 @@ VERDICTS = ("FAIL", "WARN", "UNJUDGED", "PASS")  # in the order in which they ar
 
 def number(value: object) -> float | int:  # NaN where it is none
     "A figure of a record that may hold anything."
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300 else np.nan
+    plain = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+    return (value if abs(value) < 2**53 else float(value)) if plain else np.nan
 
 
 def figures_of(metrics: Mapping) -> dict[str, float | int]:
@@ -160,7 +164,7 @@ def job_row(job: Job) -> dict[str, object]:
     row["reasons"] = "; ".join(map(shown, doubts)) if isinstance(doubts, list) else ""
     figures = (figures_of(job.metrics) if job.metrics else {}) | vertebra_figures(job.vertebrae)
     figures |= {f"job_{name}": number(job.record.get(name)) for name in ("seconds", "attempts", "peak_gb")}
-    return row | {name: value for name, value in figures.items() if name not in row}
+    return row | {name: value for name, value in figures.items() if name not in row} | {"made": shown(job.record.get("ended") or "")}
 
 
 def vertebra_rows(job: Job) -> pd.DataFrame:  # empty where there are none

@@ -64,8 +64,9 @@ def read_manifest(
     "Read what is in a result folder."
     try:
         said = json.loads((folder / MANIFEST).read_text("utf-8"))
-        names = [path for name in said["files"] for path in (PurePosixPath(name), PureWindowsPath(name))] if said["format"] == FORMAT else None
-    except (OSError, ValueError, KeyError, TypeError):
+        ours = said["format"] == FORMAT and isinstance(said["whole"], bool)
+        names = [path for name in said["files"] for path in (PurePosixPath(name), PureWindowsPath(name))] if ours else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return None if names is None or any(name.anchor or ".." in name.parts or not name.parts for name in names) else said
 

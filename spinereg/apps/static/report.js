@@ -28,7 +28,7 @@ function say(text) { $("said").textContent = text; }
 
 // cases: one object each, in the order of the page, which begins with the failures
 
-const cases = data.cases.map(([setting, name, verdict, status, why, ...figures], number) => ({setting, name, verdict, status, why, figures, number}));
+const cases = data.cases.map(([setting, name, verdict, status, why, made, ...figures], number) => ({setting, name, verdict, status, why, made, figures, number}));
 const idOf = one => JSON.stringify([one.setting, one.name]);
 const byId = new Map(cases.map(one => [idOf(one), one]));
 let shownCases = cases, page = 0, order = {column: null, up: true};
@@ -40,17 +40,22 @@ const undoable = [];
 try {
   const found = JSON.parse(localStorage.getItem(data.key) || "{}");
   if (typeof found.reader === "string") kept.reader = found.reader;
-  for (const [id, mark] of Object.entries(found.marks || {})) if (byId.has(id)) kept.marks[id] = mark;
+  Object.assign(kept.marks, found.marks || {}); // those of cases that are not on the page now too
 } catch { say("This browser keeps nothing for this page: export your judgements before you close it."); }
 
 function keep() {
   try { localStorage.setItem(data.key, JSON.stringify(kept)); } catch { say("The browser could not keep this judgement: export before you close the page."); }
 }
 
-function markOf(one) { return kept.marks[idOf(one)] || {judgement: "", remark: "", reader: "", time: ""}; }
+const NONE = {judgement: "", remark: "", reader: "", time: ""};
+
+function markOf(one) { // none where the case was done again since it was judged
+  const mark = kept.marks[idOf(one)];
+  return mark && mark.made === one.made ? mark : NONE;
+}
 
 function setMark(one, change) {
-  const before = kept.marks[idOf(one)], mark = {...markOf(one), ...change, reader: kept.reader, time: new Date().toISOString()};
+  const before = kept.marks[idOf(one)], mark = {...markOf(one), ...change, made: one.made, reader: kept.reader, time: new Date().toISOString()};
   if (mark.judgement || mark.remark) kept.marks[idOf(one)] = mark; else delete kept.marks[idOf(one)];
   keep();
   return before;
@@ -250,6 +255,8 @@ function drawCase(one) {
   pairs($("parameters"), {...data.parameters, ...detail.parameters, ...detail.inputs});
   pairs($("versions"), {...data.versions, ...detail.versions});
   drawJudgement(one);
+  const before = kept.marks[idOf(one)];
+  if (before && markOf(one) === NONE) say(`An earlier result of this case was judged ${before.judgement || "with a remark"}; this one is new.`);
   delete $("planes").dataset.ready;
   openPicture(detail);
   drawPictures();
@@ -287,7 +294,7 @@ function cell(text) {
 }
 
 function toCsv() {
-  const rows = cases.filter(one => kept.marks[idOf(one)]).map(one => {
+  const rows = cases.filter(one => markOf(one) !== NONE).map(one => {
     const mark = markOf(one);
     return [one.name, one.setting, one.verdict, mark.judgement, mark.remark, mark.reader, mark.time];
   });
@@ -315,7 +322,7 @@ async function readMarks(file) {
   for (const row of rows) {
     const mark = Object.fromEntries(heads.map((name, k) => [name, row[k] || ""])), id = JSON.stringify([mark.setting, mark.case]);
     if (mark.judgement && !Object.values(JUDGEMENTS).includes(mark.judgement)) throw new Error(`judgement ${mark.judgement}, expected pass, fail or artefact`);
-    if (byId.has(id)) marks[id] = {judgement: mark.judgement, remark: mark.remark || "", reader: mark.reader || "", time: mark.time || ""}; else strange.push(mark.case);
+    if (byId.has(id)) marks[id] = {judgement: mark.judgement, remark: mark.remark || "", reader: mark.reader || "", time: mark.time || "", made: byId.get(id).made}; else strange.push(mark.case);
   }
   return {name: file.name, marks, strange};
 }
@@ -399,6 +406,7 @@ $("planes").addEventListener("pointermove", event => { // and not when a case wa
   if (!hovered && (event.movementX || event.movementY)) { hovered = true; drawPictures(); }
 });
 $("planes").addEventListener("pointerleave", () => { hovered = false; drawPictures(); });
+$("remark").addEventListener("input", () => setMark(opened, {remark: $("remark").value}));
 $("remark").addEventListener("change", () => { setMark(opened, {remark: $("remark").value}); drawJudgement(opened); });
 $("reader").addEventListener("change", () => { kept.reader = $("reader").value; keep(); });
 $("back").addEventListener("click", () => { location.hash = ""; });
