@@ -1,6 +1,7 @@
 """The project as a whole: what lies where, notebooks and modules in step, what an installed package holds and needs."""
 
 import ast
+import inspect
 import json
 import re
 import shutil
