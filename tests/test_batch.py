@@ -429,6 +429,9 @@ def test_folders_that_are_no_cases_and_words_that_are_no_paths(tmp_path):
     pd.DataFrame([{"case": "a", "prealign": "labels", "fixed": "data/easy/mr.nii.gz"}]).to_csv(tmp_path / "cases.csv", index=False)
     (given,) = read_cases(tmp_path / "cases.csv", known)
     assert given.parameters == {"prealign": "labels", "fixed": str(tmp_path / "data/easy/mr.nii.gz")}
+    pd.DataFrame([{"case": "a", "fixed": "data/easy/mri.nii.gz"}]).to_csv(tmp_path / "cases.csv", index=False)
+    (given,) = read_cases(tmp_path / "cases.csv", known)
+    assert given.problem.startswith("no such file: fixed=") and "begin at its folder" in given.problem
 
 
 def test_mistakes_of_the_command_line_are_a_sentence(tmp_path, capsys):
