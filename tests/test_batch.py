@@ -463,3 +463,15 @@ def test_a_machine_of_others_is_not_measured_by_this_one(monkeypatch, tmp_path):
     run_jobs([job], tmp_path / "out", scheduler="tcp://elsewhere:1")
     assert seen[0].threads == os.cpu_count() or seen[0].threads > 1 or os.cpu_count() == 1, "one job has the machine for itself"
     assert seen[1].threads == 0 and seen[1].memory_gb == float("inf")
+
+
+@POSIX
+def test_what_was_cut_short_goes_on_where_the_notebook_can(tmp_path):
+    """A training that is killed would refuse its own checkpoint: the second try, and the same command later, resume. Whoever begins does not."""
+    body = BODY.replace("exec(do)", "(out / f'resume_{resume}').touch()\nexec(do)")
+    app = notebook(tmp_path / "mine.ipynb", HEAD + "\nresume = False  # go on", body)
+    cases = table(tmp_path / "cases.csv", killed=KILL.format("os.getpid()"), good="0")
+    assert run_batch(str(app), cases, tmp_path / "out", jobs=1).status.tolist() == ["done", "done"]
+    marks = {name: sorted(path.name for path in (tmp_path / "out" / name).glob("resume_*")) for name in ("killed", "good")}
+    assert marks == {"killed": ["resume_False", "resume_True"], "good": ["resume_False"]}
+    assert not any(why_to_do(job) for job in plan_jobs(str(app), cases, tmp_path / "out")), "that it went on is no other parameter"

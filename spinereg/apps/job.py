@@ -203,7 +203,7 @@ def say_error(
     said, _, fix = text.strip().rpartition(". ")
     if kind in ("InputError", "ElastixError") and said:
         return {"error": f"{kind}: {said}.", "hint": fix}
-    return {"error": f"{kind}: {text.strip()}", "hint": HINTS.get(kind, "")}
+    return {"error": f"{kind}: {text.strip().rstrip('.')}.", "hint": HINTS.get(kind, "")}
 
 # %% ../../nbs/92_apps.job.ipynb #44966d5b
 def make_kernel_class() -> type:  # of kernel managers; imported here, as papermill is needed in this process only

@@ -218,7 +218,7 @@ def make_jobs(
         defaults = {name: said.default for name, said in known.items() if name not in values and isinstance(said.default, (str, list, tuple))}
         yield Job(app, str(notebook), str(folder), values, os.getcwd(), case.case, setting, code, case.problem, defaults)
 
-
+# %% ../../nbs/93_apps.plan.ipynb #93mj0099
 WRITTEN = (PLAN, "report.html", "cases.csv", "vertebrae.csv", "settings.csv")  # beside the folders of the jobs
 
 
