@@ -16,7 +16,7 @@ import pytest
 
 from spinereg.apps.batch import count_no_failures, executor_of, run_batch, run_jobs, share_machine
 from spinereg.apps.command import main
-from spinereg.apps.job import MARK, Job, is_alive, processes_of, read_record, run_job, run_notebook, write_record
+from spinereg.apps.job import MARK, Job, inputs_of, is_alive, processes_of, read_record, run_job, run_notebook, was_cut_short, write_record
 from spinereg.apps.parameters import check_values, find_app, parameters_of, value_of
 from spinereg.apps.paths import apps, fits
 from spinereg.apps.plan import make_jobs, plan_jobs, read_cases, read_grid, set_aside, settings_of, why_to_do, write_plan
@@ -475,3 +475,10 @@ def test_what_was_cut_short_goes_on_where_the_notebook_can(tmp_path):
     marks = {name: sorted(path.name for path in (tmp_path / "out" / name).glob("resume_*")) for name in ("killed", "good")}
     assert marks == {"killed": ["resume_False", "resume_True"], "good": ["resume_False"]}
     assert not any(why_to_do(job) for job in plan_jobs(str(app), cases, tmp_path / "out")), "that it went on is no other parameter"
+    data = tmp_path / "data.txt"
+    for text, begun, goes_on in (("1", "stopped", True), ("2", "stopped", False), ("2", "outdated", False), ("2", "done", False)):
+        job = Job("mine", str(app), str(tmp_path / "out/killed"), {"data": str(data)}, str(tmp_path))
+        data.write_text("1")
+        record = json.loads(json.dumps(job._asdict())) | {"status": begun, "inputs": inputs_of(job.reads, job.cwd, tmp_path / "out", hashed=True)}
+        data.write_text(text)
+        assert was_cut_short(record, job, inputs_of(job.reads, job.cwd, tmp_path / "out", hashed=True)) == goes_on, (text, begun)

@@ -246,13 +246,14 @@ def plan_jobs(
     return jobs
 
 # %% ../../nbs/93_apps.plan.ipynb #65de227b
-def whole_result(folder: Path) -> bool:
+def whole_result(
+    folder: Path,
+    wrote: bool,  # whether its job left a result
+) -> bool:
     "Whether the files of a result, where there is one, are all there in their size."
     manifest = read_manifest(folder)
-    if manifest is None:
-        return True
-    if not manifest["whole"]:
-        return False
+    if manifest is None or not manifest["whole"]:
+        return manifest is None and not wrote
     return all((folder / name).is_file() and (folder / name).stat().st_size == said.get("size") for name, said in manifest["files"].items())
 
 
@@ -271,9 +272,7 @@ def why_to_do(
             return f"done with other {what}"
     if not same_inputs(record["inputs"], inputs_of(job.reads, job.cwd, folder)):
         return "done with other files"
-    if record.get("result") and read_manifest(folder) is None:
-        return "its result is not whole"
-    return "" if whole_result(folder) else "its result is not whole"
+    return "" if whole_result(folder, record.get("result", False)) else "its result is not whole"
 
 # %% ../../nbs/93_apps.plan.ipynb #e7724306
 def is_like(
