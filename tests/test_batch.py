@@ -16,7 +16,7 @@ import pytest
 
 from spinereg.apps.batch import count_no_failures, executor_of, run_batch, run_jobs, share_machine
 from spinereg.apps.command import main
-from spinereg.apps.job import MARK, Job, is_alive, processes_of, read_record, run_job, run_notebook, write_record
+from spinereg.apps.job import MARK, Job, inputs_of, is_alive, processes_of, read_record, run_job, run_notebook, was_cut_short, write_record
 from spinereg.apps.parameters import check_values, find_app, parameters_of, value_of
 from spinereg.apps.paths import apps, fits
 from spinereg.apps.plan import make_jobs, plan_jobs, read_cases, read_grid, set_aside, settings_of, why_to_do, write_plan
@@ -429,6 +429,9 @@ def test_folders_that_are_no_cases_and_words_that_are_no_paths(tmp_path):
     pd.DataFrame([{"case": "a", "prealign": "labels", "fixed": "data/easy/mr.nii.gz"}]).to_csv(tmp_path / "cases.csv", index=False)
     (given,) = read_cases(tmp_path / "cases.csv", known)
     assert given.parameters == {"prealign": "labels", "fixed": str(tmp_path / "data/easy/mr.nii.gz")}
+    pd.DataFrame([{"case": "a", "fixed": "data/easy/mri.nii.gz"}]).to_csv(tmp_path / "cases.csv", index=False)
+    (given,) = read_cases(tmp_path / "cases.csv", known)
+    assert given.problem.startswith("no such file: fixed=") and "begin at its folder" in given.problem
 
 
 def test_mistakes_of_the_command_line_are_a_sentence(tmp_path, capsys):
@@ -460,3 +463,22 @@ def test_a_machine_of_others_is_not_measured_by_this_one(monkeypatch, tmp_path):
     run_jobs([job], tmp_path / "out", scheduler="tcp://elsewhere:1")
     assert seen[0].threads == os.cpu_count() or seen[0].threads > 1 or os.cpu_count() == 1, "one job has the machine for itself"
     assert seen[1].threads == 0 and seen[1].memory_gb == float("inf")
+
+
+@POSIX
+def test_what_was_cut_short_goes_on_where_the_notebook_can(tmp_path):
+    """A training that is killed would refuse its own checkpoint: the second try, and the same command later, resume. Whoever begins does not."""
+    body = BODY.replace("exec(do)", "(out / f'resume_{resume}').touch()\nexec(do)")
+    app = notebook(tmp_path / "mine.ipynb", HEAD + "\nresume = False  # go on", body)
+    cases = table(tmp_path / "cases.csv", killed=KILL.format("os.getpid()"), good="0")
+    assert run_batch(str(app), cases, tmp_path / "out", jobs=1).status.tolist() == ["done", "done"]
+    marks = {name: sorted(path.name for path in (tmp_path / "out" / name).glob("resume_*")) for name in ("killed", "good")}
+    assert marks == {"killed": ["resume_False", "resume_True"], "good": ["resume_False"]}
+    assert not any(why_to_do(job) for job in plan_jobs(str(app), cases, tmp_path / "out")), "that it went on is no other parameter"
+    data = tmp_path / "data.txt"
+    for text, begun, goes_on in (("1", "stopped", True), ("2", "stopped", False), ("2", "outdated", False), ("2", "done", False)):
+        job = Job("mine", str(app), str(tmp_path / "out/killed"), {"data": str(data)}, str(tmp_path))
+        data.write_text("1")
+        record = json.loads(json.dumps(job._asdict())) | {"status": begun, "inputs": inputs_of(job.reads, job.cwd, tmp_path / "out", hashed=True)}
+        data.write_text(text)
+        assert was_cut_short(record, job, inputs_of(job.reads, job.cwd, tmp_path / "out", hashed=True)) == goes_on, (text, begun)

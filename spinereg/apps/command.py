@@ -12,6 +12,8 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 
+import pandas as pd
+
 from .batch import run_batch
 from .job import Job, run_job
 from .parameters import Parameter, add_parameters, find_app, parameters_of, read_values, title_of
@@ -100,6 +102,8 @@ def run_many(
         if (user_path(texts.out) / PLAN).is_file():
             print(f"report: {write_report(texts.out)}")
     done = (table.status == "done").sum()
+    verdicts = pd.read_csv(user_path(texts.out) / "cases.csv").verdict.value_counts()
+    print("verdicts: " + ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items()))
     print(f"{done} of {len(table)} jobs are done" + (f"; {len(table) - done} are not, see the report" if done < len(table) else ""))
     return int(done < len(table))
 

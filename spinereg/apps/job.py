@@ -6,7 +6,7 @@
 __all__ = ['RECORD', 'LOG', 'FORMAT', 'MARK', 'HINTS', 'ALONE', 'Job', 'Busy', 'now', 'write_record', 'read_record', 'texts_of',
            'files_in', 'inputs_of', 'same_inputs', 'processes_of', 'end_all', 'end_with', 'stage_of', 'say_error',
            'make_kernel_class', 'run_notebook', 'execute', 'Limits', 'memory_gb_of', 'is_over', 'environment_of',
-           'worker_number', 'watch', 'ending_of', 'is_alive', 'begin', 'run_job']
+           'worker_number', 'watch', 'ending_of', 'is_alive', 'was_cut_short', 'begin', 'run_job']
 
 # %% ../../nbs/92_apps.job.ipynb #91e6e44c
 import itertools
@@ -203,7 +203,7 @@ def say_error(
     said, _, fix = text.strip().rpartition(". ")
     if kind in ("InputError", "ElastixError") and said:
         return {"error": f"{kind}: {said}.", "hint": fix}
-    return {"error": f"{kind}: {text.strip()}", "hint": HINTS.get(kind, "")}
+    return {"error": f"{kind}: {text.strip().rstrip('.')}.", "hint": HINTS.get(kind, "")}
 
 # %% ../../nbs/92_apps.job.ipynb #44966d5b
 def make_kernel_class() -> type:  # of kernel managers; imported here, as papermill is needed in this process only
@@ -372,6 +372,17 @@ def is_alive(
     return psutil.pid_exists(record["runner"]) and record["runner"] != os.getpid() and bool(processes_of(record["mark"]))
 
 # %% ../../nbs/92_apps.job.ipynb #d023f168
+def was_cut_short(
+    earlier: Mapping[str, object],  # record of the job, as it was left
+    job: Job,
+    inputs: Mapping[str, Mapping],  # hashed
+) -> bool:
+    "Whether a job began with the same values, code and files, and did not come to its end, so that it can go on."
+    then, now = ({path: said["sha256"] for path, said in files.items()} for files in (earlier.get("inputs", {}), inputs))
+    same = all(earlier.get(name) == json.loads(json.dumps(getattr(job, name))) for name in ("parameters", "code"))
+    return earlier.get("status") in ("running", "failed", "stopped") and same and then == now
+
+
 def begin(
     job: Job,
     attempt: int,
@@ -386,8 +397,7 @@ def begin(
     if Path(job.notebook).parent.resolve() == folder.resolve():
         raise ValueError(f"{job.notebook}: it would be replaced by its executed copy; give another out_dir than {folder}")
     folder.mkdir(parents=True, exist_ok=True)
-    same = all(earlier.get(name) == json.loads(json.dumps(getattr(job, name))) for name in ("parameters", "code"))
-    goes_on = attempt > 1 or (same and earlier["status"] != "done")
+    goes_on = attempt > 1 or was_cut_short(earlier, job, inputs)
     whose = {"mark": uuid.uuid4().hex, "host": socket.gethostname(), "runner": os.getpid(), "began": now(), "attempts": attempt, "goes_on": goes_on}
     record = {"format": FORMAT, **job._asdict(), "status": "running", "stage": "", "error": "", "hint": "", "inputs": inputs, **whose}
     write_record(folder, record)

@@ -227,7 +227,7 @@ def notice_off_bone(
         place = f"{share:.0%} of its place between its neighbours has no label, where {image.native.path.name} shows bone"
         file.notice(f"{name} is labelled in part: {place}; complete its label, or take it out", doubt=True)
 
-
+# %% ../../nbs/13c_files.onbone.ipynb #13cob099
 def notice_other_bone(
     labels: Labels,
     image: Volume,  # an MR, that of the labels

@@ -91,7 +91,7 @@ def parts_of(
     count = cube.amax((0, 1)) + 1
     return (cube[..., 0] * count[1] + cube[..., 1]) * count[2] + cube[..., 2]
 
-
+# %% ../../nbs/42b_registration.certainty.ipynb #42bgr099
 def ground(
     at: Look,
     motion: Float[Tensor, "n 4 4"],  # moving -> fixed
@@ -153,7 +153,7 @@ class Certainty(NamedTuple):
         "What the centre may be off by (root mean square)."
         return self.covariance.diagonal(dim1=1, dim2=2)[:, 3:].sum(1).sqrt()
 
-
+# %% ../../nbs/42b_registration.certainty.ipynb #42bct099
 def certainty(
     fixed: Side,
     moving: Side,
@@ -241,7 +241,7 @@ class Doubt(NamedTuple):
         "As `metrics.json` holds it."
         return {"reason": self.reason, "value": self.value, "threshold": self.threshold, "concerns": "whole" if self.whole else "part"}
 
-
+# %% ../../nbs/42b_registration.certainty.ipynb #42bdt099
 def doubt_of(
     alike: float,
     best: float,  # of the vertebra that is most alike
