@@ -188,10 +188,10 @@ from spinereg.interactive.view3d import niivue_widget
 from spinereg.interactive.viewers import SliceViewer
 
 stack = make_stack()._replace(names=NAMES[:3])
-stack.labels["moving"] *= 2
+stack.labels["moving"].whole.mul_(2)
 """,
     "SliceViewer(stack, show='fixed')",
-    "niivue_widget(stack.images['fixed'], stack.labels['moving'], stack.grid, NAMES)",
+    "niivue_widget(stack.images['fixed'], stack.labels['moving'], NAMES)",
     "monitor = TrainingMonitor()\nfor n in range(1, 4): monitor(step_of(n, of=3, cases=NAMES))",
     "literal_tables()\ntable = pd.DataFrame({'case': NAMES})\ndisplay(table, table.style)",
 )
@@ -234,7 +234,7 @@ def test_the_pictures_of_the_package_show_a_name_as_it_is(name):
     stack, overview = make_stack()._replace(names=(name,)), view()._replace(names=(name, name))
     SlicePicture(stack, first_view(stack, outlined=("moving",))).png()
     draw_overview(overview, name)._repr_png_()
-    draw_bones(stack.labels["moving"], stack.grid, (name,), name)._repr_png_()
+    draw_bones(stack.labels["moving"].whole, stack.grid, (name,), name)._repr_png_()
     strip = Picture()
     draw_strip(list(strip.subplots(1, 2)), pd.DataFrame({"residual_rms_mm": [0.1]}, index=[name]))
     strip._repr_png_()
@@ -259,8 +259,9 @@ def test_words_and_legends_of_viewers_are_escaped():
     stack = make_stack()._replace(names=MARKUP[:1])
     viewer = SliceViewer(stack)
     viewer.jump(MARKUP[0])
-    legend = niivue_widget(stack.images["fixed"], stack.labels["moving"], stack.grid, MARKUP).children[0].value
-    assert "&lt;img" in viewer.box.children[-2].value and "<img" not in viewer.box.children[-2].value
+    legend = niivue_widget(stack.images["fixed"], stack.labels["moving"], MARKUP).children[0].value
+    viewer.box  # noqa: B018  as a notebook would ask for it
+    assert "&lt;img" in viewer.words.value and "<img" not in viewer.words.value
     assert Tags(legend).kinds == {"b"}
 
 

@@ -255,7 +255,7 @@ def test_e1_the_package_imports_without_the_tools_that_made_it():
     code = "import importlib, sys; [importlib.import_module(name) for name in sys.argv[1:]]; print(*{name.split('.')[0] for name in sys.modules})"
     done = python("-c", code, *names, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert not {"nbdev", "fastcore", "execnb", "monai", "itkwidgets", "ipyniivue", "pytest"} & set(done.stdout.split())
+    assert not {"nbdev", "execnb", "monai", "itkwidgets", "ipyniivue", "pytest"} & set(done.stdout.split())
 
 
 def test_the_public_face_is_small_and_every_name_is_there():

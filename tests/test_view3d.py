@@ -21,7 +21,7 @@ from spinereg.interactive import itk_viewer
 from spinereg.interactive import view3d as module
 from spinereg.interactive.bones import camera, draw_bones, first_hit, shade, trace_rays
 from spinereg.interactive.itk_viewer import install_itk_viewer
-from spinereg.interactive.stack import Stack
+from spinereg.interactive.stack import Layer, Stack, layers_on
 from spinereg.interactive.view3d import choose_viewer, itk_volume, itk_widget, label_colours, nifti_bytes, niivue_widget, view3d
 from spinereg.space.geometry import Grid, transform_points
 
@@ -89,7 +89,7 @@ def test_labels_and_size_of_a_cuboid_agree_with_a_projection_by_hand():
 
 def test_facing_surfaces_are_brighter_than_slanting_ones():
     labels = box_labels(UPRIGHT, slab=((5, 15, 5), (35, 25, 35)))
-    flat, slanting = (shade(trace_rays(labels, UPRIGHT, camera(azimuth))) for azimuth in (0.0, 70.0))
+    flat, slanting = (shade(trace_rays(labels, UPRIGHT, camera(azimuth)), ("L1",) * int(labels.max())) for azimuth in (0.0, 70.0))
     centre = [colours[colours.shape[0] // 3, colours.shape[1] // 2].sum() for colours in (flat, slanting)]
     assert centre[0] > centre[1]
 
@@ -99,7 +99,7 @@ def test_labels_without_voxels_are_left_out_and_none_at_all_is_said():
     fig = draw_bones(labels, UPRIGHT, ("T12", "L1", "L2"))
     assert {text.get_text() for text in fig.axes[0].texts} == {"T12", "L2"}
     with pytest.raises(ValueError, match="no voxel has a label"):
-        draw_bones(torch.zeros(UPRIGHT.shape, dtype=torch.int32), UPRIGHT)
+        draw_bones(torch.zeros(UPRIGHT.shape, dtype=torch.int32), UPRIGHT, ())
 
 
 def test_files_for_the_viewers_place_voxels_where_simpleitk_does(tmp_path):
@@ -180,7 +180,8 @@ def test_d2_itk_viewer_is_unpacked_from_a_file_and_replaces_an_older_one(monkeyp
 
 def small_stack():
     labels = box_labels(UPRIGHT, one=((10, 10, 10), (20, 20, 20)), two=((10, 10, 25), (20, 20, 32)))
-    return Stack(UPRIGHT, {"fixed": torch.rand(UPRIGHT.shape)}, {"fixed": "mr"}, {"moved": labels}, ("L1", "L2"), pd.DataFrame())
+    images, maps = layers_on(UPRIGHT, {"fixed": torch.rand(UPRIGHT.shape)}), layers_on(UPRIGHT, {"moved": labels})
+    return Stack(UPRIGHT, images, {"fixed": "mr"}, maps, ("L1", "L2"), pd.DataFrame())
 
 
 def test_view3d_refuses_what_is_not_there_and_does_without_labels():
@@ -196,11 +197,13 @@ def test_d2_executed_without_a_person_a_notebook_keeps_the_picture_alone():
     cell = """
 import numpy as np, pandas as pd, torch
 from spinereg.space.geometry import Grid
-from spinereg.interactive.stack import Stack
+from spinereg.interactive.stack import Stack, layers_on
 from spinereg.interactive.view3d import view3d
 labels = torch.zeros(20, 20, 20, dtype=torch.int32)
 labels[5:15, 5:15, 5:15] = 1
-stack = Stack(Grid((20, 20, 20), np.eye(4)), {"fixed": labels.float()}, {"fixed": "mr"}, {"moved": labels}, ("L1",), pd.DataFrame())
+grid = Grid((20, 20, 20), np.eye(4))
+images, maps = layers_on(grid, {"fixed": labels.float()}), layers_on(grid, {"moved": labels})
+stack = Stack(grid, images, {"fixed": "mr"}, maps, ("L1",), pd.DataFrame())
 view3d(stack, engine="itkwidgets")
 """
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell)])
@@ -214,7 +217,7 @@ def test_niivue_gets_volumes_with_their_place_names_and_colours():
     pytest.importorskip("ipyniivue")
     grid = tilted_grid()
     labels = (torch.rand(grid.shape) * 3).int()
-    legend, viewer = niivue_widget(torch.rand(grid.shape), labels, grid, ("L1", "L2")).children
+    legend, viewer = niivue_widget(Layer(torch.rand(grid.shape), grid), Layer(labels, grid), ("L1", "L2")).children
     image, overlay = (nib.Nifti1Image.from_bytes(volume.data) for volume in viewer.volumes)
     assert np.allclose(image.affine, grid.affine, atol=1e-5) and np.array_equal(overlay.dataobj, labels)
     assert viewer.volumes[1].colormap_label.labels == ["", "L1", "L2"] and "L2" in legend.value
@@ -223,7 +226,7 @@ def test_niivue_gets_volumes_with_their_place_names_and_colours():
 def test_d2_a_browser_that_cannot_show_itkwidgets_gets_the_default_viewer():
     """D2: what the widget in the browser reports as `failed` puts the message and NiiVue in its place."""
     pytest.importorskip("ipyniivue")
-    box = itk_widget(torch.rand(UPRIGHT.shape), None, UPRIGHT, ())
+    box = itk_widget(Layer(torch.rand(UPRIGHT.shape), UPRIGHT), None, ())
     (viewer,) = box.children
     assert viewer.volumes[0]["size"] == [40, 40, 40]
     viewer.failed = "no <WebGL>"

@@ -19,7 +19,7 @@ from scipy.spatial.transform import Rotation
 
 from spinereg.files.pairs import read_pair
 from spinereg.interactive.slices import CT_WINDOWS_HU, SlicePicture, describe_point, first_view, showable
-from spinereg.interactive.stack import Stack, label_centre, pair_stack
+from spinereg.interactive.stack import Layer, Stack, label_centre, layers_on, pair_stack
 from spinereg.interactive.viewers import PLANES, SliceViewer
 from spinereg.space.geometry import Grid
 
@@ -39,8 +39,8 @@ def make_stack(spacing_mm=(4.0, 1.1, 0.7), axes=OBLIQUE, size_mm=88.0, **more):
     affine[:3, 3] = np.array([10.0, -20.0, 30.0]) - affine[:3, :3] @ ((np.array(shape) - 1) / 2)
     grid = Grid(shape, affine)
     ball = (grid.points_mm(torch.zeros(1, dtype=torch.float64)) - torch.tensor([10.0, -20.0, 30.0])).norm(dim=-1) < 15
-    images = {"fixed": ball.float() * 100, "moving": ball.float() * 1000}
-    return Stack(grid, images, {"fixed": "mr", "moving": "ct"}, {"moving": ball.int()}, ("L1",), pd.DataFrame(), **more)
+    images = layers_on(grid, {"fixed": ball.float() * 100, "moving": ball.float() * 1000})
+    return Stack(grid, images, {"fixed": "mr", "moving": "ct"}, layers_on(grid, {"moving": ball.int()}), ("L1",), pd.DataFrame(), **more)
 
 
 @pytest.mark.parametrize("plane", ["sagittal", "coronal", "axial"])
@@ -68,7 +68,8 @@ def test_the_letters_tell_the_truth_on_an_oblique_grid(plane):
     middle = (box.x0 + box.x1) / 2, picture.bbox.height - (box.y0 + box.y1) / 2
 
     def world(dx, dy):
-        return stack.grid.affine[:3] @ [*picture.voxel_at(middle[0] + dx, middle[1] + dy)[1], 1]
+        place_mm = picture.place_at(middle[0] + dx, middle[1] + dy)[1]
+        return stack.grid.affine[:3] @ [*(place_mm / stack.grid.spacing_mm - 0.5), 1]
 
     shown = {text.get_text(): text.get_position() for text in panel.ax.texts if text.get_text() in way}
     assert set(shown) == set(panel.plane.letters)
@@ -89,12 +90,13 @@ def test_the_crosshair_names_its_place_its_values_and_its_vertebra():
 def test_a_pair_is_shown_where_its_headers_put_it(tmp_path):
     """The moving image, stored in another order on another oblique grid, is drawn where it is in the world."""
     one, other = make_stack(), make_stack((1.5, 0.9, 2.0), axes=Rotation.from_euler("xyz", [-10, 5, 3], degrees=True).as_matrix(), size_mm=110.0)
-    scans = [(image + torch.rand(image.shape)).numpy() for image in (one.images["fixed"], other.images["moving"])]
+    scans = [(layer.whole + torch.rand(layer.whole.shape)).numpy() for layer in (one.images["fixed"], other.images["moving"])]
     nib.save(nib.Nifti1Image(scans[0], one.grid.affine), tmp_path / "fixed.nii")
     turned = nib.Nifti1Image(scans[1], other.grid.affine).as_reoriented(nib.orientations.axcodes2ornt("IPR"))
     nib.save(turned, tmp_path / "moving.nii")
     stack = pair_stack(read_pair(tmp_path / "fixed.nii", tmp_path / "moving.nii", moving_modality="ct", fixed_modality="mr"))
-    both = [(stack.images[name] > half).float() for name, half in (("fixed", 50), ("moving", 500))]
+    whole = {name: torch.stack([layer.select(0, i) for i in range(stack.grid.shape[0])]) for name, layer in stack.images.items()}
+    both = [(whole[name] > half).float() for name, half in (("fixed", 50), ("moving", 500))]
     assert 2 * (both[0] * both[1]).sum() / (both[0].sum() + both[1].sum()) > 0.93
 
 
@@ -102,7 +104,8 @@ def test_folds_are_black_and_kept_volume_is_white():
     stack = make_stack()
     det = torch.ones(stack.grid.shape)
     det[:, :, : stack.grid.shape[2] // 2] = -0.2
-    stack = stack._replace(jacobian_det=det, disp=torch.zeros(3, *det.shape), images=stack.images | {"moved": stack.images["moving"]})
+    still = Layer(torch.zeros(det.shape), stack.grid)
+    stack = stack._replace(jacobian_det=Layer(det, stack.grid), disp=(still,) * 3, images=stack.images | {"moved": stack.images["moving"]})
     stack.modalities["moved"] = "ct"
     picture = SlicePicture(stack, first_view(stack, show="jacobian", fade=1.0, outlined=(), crosshair=False), PLANES["coronal"], words=False)
     shown, box = pixels(picture.png()), picture.panels[0].ax.bbox
@@ -126,7 +129,7 @@ def test_what_cannot_be_shown_is_refused_with_what_can(which):
 @pytest.fixture
 def viewer():
     stack = make_stack()
-    stack.images["fixed"] += torch.linspace(0, 20, stack.grid.shape[2])
+    stack.images["fixed"].whole.add_(torch.linspace(0, 20, stack.grid.shape[2]))
     viewer = SliceViewer(stack)
     viewer.box  # noqa: B018  as a notebook would ask for it
     return viewer
@@ -302,4 +305,4 @@ def test_reading_a_sample_gives_a_stack_with_one_name_per_vertebra():
     stack = pair_stack(read_pair(*files))
     for which, pair_labels in (("fixed", read_pair(*files).fixed_labels),):
         for number, name in enumerate(pair_labels.names, start=1):
-            assert torch.equal(stack.labels[which] == stack.names.index(name) + 1, pair_labels.data == number)
+            assert torch.equal(stack.labels[which].whole == stack.names.index(name) + 1, pair_labels.data == number)

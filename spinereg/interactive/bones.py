@@ -18,7 +18,7 @@ from matplotlib.patheffects import withStroke
 from scipy import ndimage
 from torch import Tensor
 
-from ..measure.pictures import COLOURS, Picture
+from ..measure.pictures import Picture, vertebra_colours
 from ..space.geometry import Grid, crop_grid, index_map, sample_index, transform_points
 from ..space.images import label_centres_mm
 
@@ -92,6 +92,7 @@ def trace_rays(
 # %% ../../nbs/76_interactive.bones.ipynb #e23170e6
 def shade(
     sight: Sight,
+    names: tuple[str, ...],  # of label 1, 2, ...
     ambient: float = 0.25,  # fraction of the colour that needs no lamp
 ) -> Float[Tensor, "x y 3"]:  # colours 0 to 1, white where there is no bone
     "Shade the surfaces by the gradient of their depth."
@@ -99,7 +100,7 @@ def shade(
     across, up = torch.gradient(sight.depth_mm.nan_to_num(float(far)), spacing=float(sight.grid.spacing_mm[0]))
     normal = F.normalize(torch.stack([across, up, -torch.ones_like(up)], -1), dim=-1)
     light = (normal @ F.normalize(torch.tensor([-0.35, 0.45, -1.0]), dim=0)).clamp(min=0)[..., None]
-    colours = torch.tensor([to_rgb(colour) for colour in COLOURS])[sight.label.long() % len(COLOURS)]
+    colours = torch.tensor([(1.0, 1.0, 1.0), *map(to_rgb, vertebra_colours(names))])[sight.label.long()]
     shaded = colours * (ambient + (1 - ambient) * light) + 0.15 * light**12
     return torch.where(sight.label[..., None] > 0, shaded, 1.0).clamp(0, 1)
 
@@ -110,12 +111,13 @@ VIEWS = {"front": 0.0, "left": 90.0, "back": 180.0}  # azimuth, degrees
 def draw_sight(
     ax: Axes,
     sight: Sight,
-    names: dict[str, Float[np.ndarray, "3"]],  # centres of the vertebrae in the world, mm
+    names: tuple[str, ...],  # of label 1, 2, ...
+    centres_mm: Float[np.ndarray, "n 3"],  # of the vertebrae in the world; NaN where one is not there
 ) -> None:
     "The surfaces that a camera sees, with the names of the vertebrae at their centres."
     spacing, (width, height) = sight.grid.spacing_mm[0], sight.grid.size_mm[:2]
-    ax.imshow(shade(sight).transpose(0, 1).numpy(), origin="lower", extent=(0, width, 0, height), interpolation="bilinear")
-    for name, centre in names.items():
+    ax.imshow(shade(sight, names).transpose(0, 1).numpy(), origin="lower", extent=(0, width, 0, height), interpolation="bilinear")
+    for name, centre in [(name, centre) for name, centre in zip(names, centres_mm) if np.isfinite(centre).all()]:
         x, y, _ = (transform_points(np.linalg.inv(sight.grid.affine), torch.from_numpy(centre)) + 0.5).mul(spacing).tolist()
         edge = withStroke(linewidth=1.5, foreground="black")
         ax.text(x, y, name, ha="center", va="center", fontsize=7, fontweight="bold", color="white", path_effects=[edge])
@@ -125,18 +127,18 @@ def draw_sight(
 def draw_bones(
     labels: Int[Tensor, "i j k"],  # 0 background
     grid: Grid,
-    names: tuple[str, ...] = (),  # written at the centre of label 1, 2, ...; none when empty
+    names: tuple[str, ...],  # of label 1, 2, ..., written at its centre
     title: str = "",
 ) -> Picture:
     "The surfaces of all labels from the front, the left and the back."
     if not (labels > 0).any():
         raise ValueError("draw_bones: no voxel has a label, so there is no surface to draw; give a label map with values from 1 up")
     sights = {name: trace_rays(labels, grid, camera(azimuth)) for name, azimuth in VIEWS.items()}
-    centres = dict(zip(names, label_centres_mm(labels, grid, int(labels.max()))))
+    centres_mm = label_centres_mm(labels, grid, len(names))
     width, height = np.array([sight.grid.size_mm[:2] for sight in sights.values()]).T
     fig = Picture(figsize=(3.9 * width.sum() / height.max(), 4.2), layout="constrained")
     for ax, (name, sight) in zip(fig.subplots(1, 3, width_ratios=width), sights.items()):
-        draw_sight(ax, sight, {name: centre for name, centre in centres.items() if np.isfinite(centre).all()})
+        draw_sight(ax, sight, names, centres_mm)
         ax.set_title(name, fontsize=9)
     fig.suptitle(title)
     return fig

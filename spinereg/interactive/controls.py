@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OUTLINED', 'KEYS', 'STEPS', 'Control', 'slider_control', 'menu_control', 'place_control', 'vertebra_control',
            'ct_controls', 'mr_control', 'window_controls', 'show_controls', 'ControlPanel', 'step_slice',
-           'step_vertebra', 'press_key', 'apply_event', 'EventQueue']
+           'step_vertebra', 'move_middle', 'zoom_view', 'press_key', 'Hand', 'apply_event', 'EventQueue']
 
 # %% ../../nbs/74_interactive.controls.ipynb #f8edb478
 import traceback
@@ -19,8 +19,9 @@ from typing import NamedTuple
 
 import ipywidgets as widgets
 import numpy as np
+from jaxtyping import Float
 
-from .slices import CT_WINDOWS_HU, LINES, SlicePicture, View, showable, usual_outlines
+from .slices import CT_WINDOWS_HU, LINES, SlicePicture, View, middle_mm, showable, usual_outlines, voxel_of
 from .stack import Stack, label_centre, vertebrae_at
 from ..measure.pictures import Plane
 
@@ -45,9 +46,10 @@ def menu_control(
     name: str,  # of a field of `View`
     choices: dict[str, object],  # by what the menu says
     description: str,
+    tooltip: str,
 ) -> Control:
     "A menu of one field of a view."
-    menu = widgets.Dropdown(options=choices, description=description, layout={"width": "230px"})
+    menu = widgets.Dropdown(options=choices, description=description, tooltip=tooltip, layout={"width": "200px"})
 
     def read(view):
         return getattr(view, name) if getattr(view, name) in choices.values() else None
@@ -61,7 +63,8 @@ def place_control(
 ) -> Control:
     "A slider along one axis, named by where it leads."
     words = ("left - right", "back - front", "foot - head")
-    slider = widgets.IntSlider(0, 0, stack.grid.shape[axis] - 1, description=words[axis], layout={"width": "300px"})
+    style = {"description": words[axis], "tooltip": f"slice, {words[axis]}", "layout": {"width": "300px"}}
+    slider = widgets.IntSlider(0, 0, stack.grid.shape[axis] - 1, **style)
     return Control(slider, lambda view: view.at[axis], lambda view, n: replace(view, at=(*view.at[:axis], n, *view.at[axis + 1 :])))
 
 
@@ -69,7 +72,8 @@ def vertebra_control(
     stack: Stack,
 ) -> Control:
     "A menu that jumps to the middle of a vertebra, and shows which one the crosshair is on."
-    menu = widgets.Dropdown(options=[("-", None), *((name, name) for name in stack.names)], description="vertebra", layout={"width": "170px"})
+    style = {"description": "vertebra", "tooltip": "go to the middle of a vertebra (keys n, p)", "layout": {"width": "170px"}}
+    menu = widgets.Dropdown(options=[("-", None), *((name, name) for name in stack.names)], **style)
 
     def read(view):
         return next(iter(vertebrae_at(stack, view.at).values()), None)
@@ -88,8 +92,10 @@ def ct_controls(
     def known(view):
         return view.windows[names[0]] if view.windows[names[0]] in CT_WINDOWS_HU.values() else None
 
-    menu = widgets.Dropdown(options=[("own", None), *CT_WINDOWS_HU.items()], description="CT window", layout={"width": "200px"})
-    wide = widgets.FloatRangeSlider(min=-1000, max=3000, step=10, description="HU", readout_format=".0f", layout={"width": "320px"})
+    style = {"description": "CT window", "tooltip": "window of the CT, by name", "layout": {"width": "200px"}}
+    menu = widgets.Dropdown(options=[("own", None), *CT_WINDOWS_HU.items()], **style)
+    style = {"description": "HU", "tooltip": "what is black and what is white in the CT", "readout_format": ".0f", "layout": {"width": "320px"}}
+    wide = widgets.FloatRangeSlider(min=-1000, max=3000, step=10, **style)
     return [Control(menu, known, write), Control(wide, lambda view: view.windows[names[0]], write)]
 
 # %% ../../nbs/74_interactive.controls.ipynb #cee424a4
@@ -98,7 +104,8 @@ def mr_control(
     name: str,  # of an MR image
 ) -> Control:
     "The window of an MR, in percentiles."
-    values = np.sort(stack.images[name].flatten()[:: max(stack.images[name].numel() // 100_000, 1)].numpy())
+    whole = stack.images[name].whole.flatten()
+    values = np.sort(whole[:: max(len(whole) // 100_000, 1)].numpy())
 
     def percents(view):
         return tuple((200.0 * np.searchsorted(values, view.windows[name], side="right") / len(values)).round() / 2)
@@ -107,7 +114,9 @@ def mr_control(
         low, high = np.percentile(values, percents)
         return replace(view, windows={**view.windows, name: (float(low), float(high))})
 
-    wide = widgets.FloatRangeSlider(min=0, max=100, step=0.5, description=f"{name} MR %", readout_format=".0f", layout={"width": "320px"})
+    words = f"what is black and what is white in the {name} image, as percentiles"
+    style = {"description": f"{name} MR %", "tooltip": words, "readout_format": ".0f", "layout": {"width": "320px"}}
+    wide = widgets.FloatRangeSlider(min=0, max=100, step=0.5, **style)
     return Control(wide, percents, write)
 
 
@@ -128,13 +137,18 @@ def show_controls(
 ) -> list[Control]:
     "What is shown, how much of it, which outlines, which lines."
     outlined = {name: which for name, which in OUTLINED.items() if set(which) <= set(stack.labels)}
-    fade = widgets.FloatSlider(min=0, max=1, step=0.05, description="fade", layout={"width": "300px"})
-    shown = {name: name for name in showable(stack)}
-    controls = [menu_control("show", shown, "show"), slider_control(fade, "fade"), menu_control("outlined", outlined, "outlines")]
+    style = {"tooltip": "how much of the second image is seen in a blend (keys left, right)", "layout": {"width": "280px"}}
+    fade = widgets.FloatSlider(min=0, max=1, step=0.05, description="fade", **style)
+    shown = menu_control("show", {name: name for name in showable(stack)}, "show", "what is shown (keys 1, 2, ...)")
+    outlines = menu_control("outlined", outlined, "outlines", "outlines of which label maps (key o); the fixed image's are dashed")
+    size = widgets.FloatLogSlider(min=0, max=3, base=2, step=0.25, description="zoom", tooltip="enlarge (keys + and -)", layout={"width": "280px"})
+    controls = [shown, slider_control(fade, "fade"), outlines, slider_control(size, "zoom")]
     if stack.disp is None:
         return controls
-    scale = widgets.FloatSlider(min=0.05, max=1, step=0.05, description="det J, 1 +-", layout={"width": "300px"})
-    return [*controls, menu_control("lines", {name: name for name in LINES}, "lines"), slider_control(scale, "half_range")]
+    lines = menu_control("lines", {name: name for name in LINES}, "lines", "where the map carries straight lines, or points")
+    style = {"tooltip": "det J of 1 +- this has the strongest colours", "layout": {"width": "280px"}}
+    scale = widgets.FloatSlider(min=0.05, max=1, step=0.05, description="det J, 1 +-", **style)
+    return [*controls, lines, slider_control(scale, "half_range")]
 
 # %% ../../nbs/74_interactive.controls.ipynb #83b690ad
 class ControlPanel:
@@ -185,8 +199,41 @@ def step_vertebra(
     heights = [abs(label_centre(stack, name)[2] - view.at[2]) for name in stack.names]
     return replace(view, at=label_centre(stack, stack.names[(int(np.argmin(heights)) + steps) % len(stack.names)]))
 
-# %% ../../nbs/74_interactive.controls.ipynb #2a939b75
-KEYS = "wheel, up, down, page up, page down: slice; left, right: fade; 1 to {}: what is shown; n, p: vertebra; o: outlines; c: cross; click: go there"
+# %% ../../nbs/74_interactive.controls.ipynb #cc37aba1
+def move_middle(
+    stack: Stack,
+    view: View,
+    step_mm: Float[np.ndarray, "3"],  # along the axes of the grid
+) -> View:
+    "Move what is enlarged."
+    return replace(view, middle=tuple(((middle_mm(stack.grid, view) + step_mm) / stack.grid.spacing_mm - 0.5).tolist()))
+
+
+def zoom_view(
+    stack: Stack,
+    view: View,
+    factor: float,  # above 1: larger
+    about_mm: Float[np.ndarray, "3"],  # what stays where it is; along the axes of the grid, from its lower corner
+) -> View:
+    "Make a picture larger or smaller, between the whole slice and eight times as large."
+    zoom = float(np.clip(view.zoom * factor, 1, 8))
+    step_mm = (about_mm - middle_mm(stack.grid, view)) * (1 - view.zoom / zoom)
+    return replace(move_middle(stack, view, step_mm), zoom=zoom) if zoom > 1 else replace(view, zoom=1.0, middle=None)
+
+# %% ../../nbs/74_interactive.controls.ipynb #d3d5c973
+KEYS = {
+    "wheel, up, down, page up, page down": "slice",
+    "left, right": "fade",
+    "1, 2, ...": "what is shown",
+    "n, p": "next vertebra, the one before",
+    "+, -, ctrl + wheel": "zoom",
+    "0": "the whole slice",
+    "drag": "move what is enlarged",
+    "click": "go there",
+    "o": "outlines",
+    "c": "crosshair",
+    "?": "these keys",
+}
 STEPS = {"ArrowUp": 1, "ArrowDown": -1, "PageUp": 10, "PageDown": -10}
 
 
@@ -206,25 +253,47 @@ def press_key(
         return replace(view, show=shown[int(key) - 1])
     if key in ("n", "p") and stack.names:
         return step_vertebra(stack, view, 1 if key == "n" else -1)
+    if key in "+=-":
+        return zoom_view(stack, view, 1.25 if key != "-" else 0.8, (np.array(view.at) + 0.5) * stack.grid.spacing_mm)
+    if key == "0":
+        return replace(view, zoom=1.0, middle=None)
     if key == "o":
         return replace(view, outlined=() if view.outlined else usual_outlines(stack))
     return replace(view, crosshair=not view.crosshair) if key == "c" else view
 
 # %% ../../nbs/74_interactive.controls.ipynb #d541dc6e
+class Hand(NamedTuple):
+    "What the mouse is doing."
+
+    plane: Plane  # the one it was last over, which keys move through
+    grip: Float[np.ndarray, "3"] | None = None  # place that was taken hold of, mm; None where no button is down
+    dragged: bool = False  # since the button went down
+
+
 def apply_event(
     picture: SlicePicture,
     view: View,
-    plane: Plane,  # the one that keys move through
-    event: dict,  # type, dataX, dataY (pixels from the upper left), deltaY, key
-) -> tuple[View, Plane]:
-    "The view after a wheel, click or key, and the plane that keys move through from then on."
-    under = picture.voxel_at(event["dataX"], event["dataY"]) if "dataX" in event else None
-    plane = under[0] if under else plane
-    if event["type"] == "wheel":
-        return step_slice(picture.stack, view, plane, -int(np.sign(event["deltaY"]))), plane
-    if event["type"] == "keydown":
-        return press_key(picture.stack, view, plane, event["key"]), plane
-    return (replace(view, at=under[1]) if under else view), plane
+    hand: Hand,
+    event: dict,  # type, dataX, dataY (pixels from the upper left), deltaY, ctrlKey, key
+) -> tuple[View, Hand]:
+    "The view after the mouse or a key did something, and the hand from then on."
+    stack, kind = picture.stack, event["type"]
+    plane, place = picture.place_at(event["dataX"], event["dataY"]) or (hand.plane, None) if "dataX" in event else (hand.plane, None)
+    hand = hand._replace(plane=plane if hand.grip is None else hand.plane)
+    if kind == "keydown":
+        return press_key(stack, view, hand.plane, event["key"]), hand
+    if kind == "wheel" and event.get("ctrlKey") and place is not None:
+        return zoom_view(stack, view, 1.25 if event["deltaY"] < 0 else 0.8, place), hand
+    if kind == "wheel":
+        return step_slice(stack, view, plane, -int(np.sign(event["deltaY"]))), hand
+    if kind == "mousedown":
+        return view, Hand(plane, place)
+    if kind == "mousemove" and hand.grip is not None and place is not None and plane == hand.plane:
+        dragged = hand.dragged or np.abs(place - hand.grip).max() > 0.01 * stack.grid.size_mm.max() / view.zoom
+        return move_middle(stack, view, hand.grip - place) if dragged else view, hand._replace(dragged=bool(dragged))
+    if kind == "click" and place is not None and not hand.dragged:
+        return replace(view, at=voxel_of(place, stack.grid)), Hand(plane)
+    return view, hand._replace(grip=None) if kind == "mouseup" else hand
 
 # %% ../../nbs/74_interactive.controls.ipynb #0f2ab8ff
 class EventQueue:

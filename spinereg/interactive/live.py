@@ -23,22 +23,26 @@ def nearest(
     low: float,  # edges of an image along one axis, pixels
     high: float,
     n: int,  # values between them
+    within: tuple[float, float] = (-np.inf, np.inf),  # edges of the axes
 ) -> tuple[slice, np.ndarray]:  # pixels from edge to edge, and the number of the value that each of them shows
     "Which of the values between two edges is nearest to each pixel."
-    pixels = slice(round(low), round(high))
+    pixels = slice(round(max(low, within[0])), round(min(high, within[1])))
     at = (np.arange(pixels.start, pixels.stop) + 0.5 - low) / (high - low) * n
     return pixels, at.clip(0, n - 1).astype(int)
 
 # %% ../../nbs/70_interactive.live.ipynb #1315dc2b
 def paste_image(
     canvas: UInt8[np.ndarray, "height width 4"],  # RGBA pixels, rows downwards; written to
-    image: AxesImage,  # fills its axes; its array is uint8 RGBA, rows upwards
+    image: AxesImage,  # its array is uint8 RGBA, rows upwards
 ) -> None:
     "Write the colours of an image into the pixels of a canvas, the nearest for each."
     pixels, colours = (np.asarray(values).view(np.uint32)[..., 0] for values in (canvas, image.get_array()))
-    (left, bottom), (right, top) = image.axes.bbox.get_points()
-    (up, rows), (across, columns) = nearest(bottom, top, colours.shape[0]), nearest(left, right, colours.shape[1])
-    columns = colours.shape[1] - 1 - columns if image.axes.xaxis_inverted() else columns
+    x0, x1, y0, y1 = image.get_extent()
+    (first, bottom), (last, top) = image.axes.transData.transform([(x0, y0), (x1, y1)])
+    box = image.axes.bbox
+    up, rows = nearest(bottom, top, colours.shape[0], (box.y0, box.y1))
+    across, columns = nearest(min(first, last), max(first, last), colours.shape[1], (box.x0, box.x1))
+    columns = colours.shape[1] - 1 - columns if last < first else columns
     pixels[::-1][up, across] = colours[rows[:, None], columns]
 
 # %% ../../nbs/70_interactive.live.ipynb #23f81b09

@@ -22,7 +22,7 @@ from IPython.display import display
 from .display import Viewer, live_image
 from .live import LivePicture
 from .slices import Panel, View, make_panel, turn_panel
-from .stack import Stack, label_centre
+from .stack import Layer, Stack, label_centre, layers_on
 from .steering import Controls, Requests, add_run, listen
 from ..measure.curves import CURVES, Log, make_curves, new_log, update_curves
 from ..measure.pictures import SAGITTAL, Overview, Picture
@@ -35,15 +35,16 @@ def overview_stack(
     "The pictures' data of a look as a stack, intensities from 0 to 1."
     images = {"fixed": overview.fixed.cpu(), "moving": overview.before.cpu(), "moved": overview.moved.cpu()}
     labels = {} if overview.labels is None else {"moving": overview.labels_before.cpu(), "moved": overview.labels.cpu()}
-    return Stack(overview.grid, images, dict.fromkeys(images, "mr"), labels, overview.names, pd.DataFrame(), overview.jacobian_det.cpu())
+    layers, maps = (layers_on(overview.grid, volumes) for volumes in (images, labels))
+    det = Layer(overview.jacobian_det.cpu(), overview.grid)
+    return Stack(overview.grid, layers, dict.fromkeys(images, "mr"), maps, overview.names, pd.DataFrame(), det)
 
 
 def middle_voxel(
     stack: Stack,
 ) -> tuple[int, int, int]:  # of the middle one of the vertebrae in view, or of the volume
     "Where to cut a volume that nobody has chosen a place in."
-    labels = stack.labels.get("moved", torch.zeros(1))
-    present = [name for number, name in enumerate(stack.names, start=1) if (labels == number).any()]
+    present = [stack.names[number - 1] for number in sorted(stack.labels["moved"].voxels)] if "moved" in stack.labels else []
     return label_centre(stack, present[len(present) // 2]) if present else tuple(n // 2 for n in stack.grid.shape)
 
 # %% ../../nbs/79_interactive.monitor.ipynb #e611c2b2
@@ -171,7 +172,7 @@ class MonitorViewer(Viewer):
     @cached_property
     def box(self) -> widgets.VBox:
         "Controls above the picture."
-        self.controls, self.image = Controls(self.requests), live_image(self.png())
+        self.controls, self.image = Controls(self.requests), live_image(self.png(), "curves and slices of the run")
         return widgets.VBox([self.controls.box, self.image])
 
     def choose(self, case: int) -> None:

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['CT_WINDOWS_HU', 'ORANGE', 'BLUE', 'JACOBIAN_COLOURS', 'SHOW', 'LINES', 'UNITS', 'through_window', 'mix',
            'jacobian_colours', 'in_plane', 'grid_lines', 'arrows', 'View', 'showable', 'check_view', 'auto_window',
-           'usual_outlines', 'first_view', 'describe_vertebra', 'describe_point', 'slice_colours', 'Panel',
-           'make_panel', 'turn_outlines', 'turn_panel', 'draw_strip', 'draw_scale', 'plan_axes', 'voxel_under',
-           'SlicePicture']
+           'usual_outlines', 'first_view', 'describe_vertebra', 'place_words', 'describe_point', 'slice_colours',
+           'Panel', 'make_panel', 'turn_outlines', 'middle_mm', 'limits_mm', 'turn_panel', 'draw_strip', 'draw_scale',
+           'plan_axes', 'place_under', 'voxel_of', 'darken', 'SlicePicture']
 
 # %% ../../nbs/72_interactive.slices.ipynb #a98eef82
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from textwrap import fill
 from typing import NamedTuple
@@ -25,11 +25,12 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 from torch import Tensor
 
 from .live import LivePicture
 from .stack import Stack, label_centre, vertebrae_at
-from ..measure.pictures import AXIAL, CORONAL, LETTER_BOX, SAGITTAL, Plane, cut, find_outlines, show_slice
+from ..measure.pictures import AXIAL, CORONAL, SAGITTAL, Picture, Plane, Sliceable, cut, find_outlines, show_slice, vertebra_colours
 from ..registration.report import marked
 from ..space.geometry import Grid, transform_points
 
@@ -78,7 +79,7 @@ def jacobian_colours(
 
 # %% ../../nbs/72_interactive.slices.ipynb #da704cd4
 def in_plane(
-    disp: Float[Tensor, "3 i j k"],  # mm, along the axes of the grid
+    disp: Sequence[Sliceable] | Float[Tensor, "3 i j k"],  # three components, mm along the axes of the grid
     grid: Grid,
     plane: Plane,
     index: int,  # along the axis that is cut
@@ -92,7 +93,7 @@ def in_plane(
 
 # %% ../../nbs/72_interactive.slices.ipynb #7518e11e
 def grid_lines(
-    disp: Float[Tensor, "3 i j k"],  # mm, along the axes of the grid
+    disp: Sequence[Sliceable] | Float[Tensor, "3 i j k"],  # three components, mm along the axes of the grid
     grid: Grid,
     plane: Plane,
     index: int,  # along the axis that is cut
@@ -105,7 +106,7 @@ def grid_lines(
 
 
 def arrows(
-    disp: Float[Tensor, "3 i j k"],  # mm, along the axes of the grid
+    disp: Sequence[Sliceable] | Float[Tensor, "3 i j k"],  # three components, mm along the axes of the grid
     grid: Grid,
     plane: Plane,
     index: int,  # along the axis that is cut
@@ -133,6 +134,8 @@ class View:
     windows: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # by image: the values that become black and white
     half_range: float = 0.5  # det J of 1 +- this has the strongest colours
     crosshair: bool = True
+    zoom: float = 1.0  # how many times larger than where the whole slice is seen
+    middle: tuple[float, float, float] | None = None  # voxel in the middle of what is enlarged; the crosshair when None
 
 # %% ../../nbs/72_interactive.slices.ipynb #dc23b380
 def showable(
@@ -187,7 +190,7 @@ def first_view(
     **choices,  # fields of `View`
 ) -> View:
     "The middle of the spine, all in its usual window."
-    windows = {name: auto_window(image, stack.modalities[name]) for name, image in stack.images.items()} | choices.pop("windows", {})
+    windows = {name: auto_window(image.whole, stack.modalities[name]) for name, image in stack.images.items()} | choices.pop("windows", {})
     at = label_centre(stack, stack.names[len(stack.names) // 2]) if stack.names else tuple(n // 2 for n in stack.grid.shape)
     return check_view(stack, View(**{"at": at, "windows": windows, "outlined": usual_outlines(stack)} | choices))
 
@@ -209,16 +212,24 @@ def describe_vertebra(
 UNITS = {"ct": " HU", "mr": ""}
 
 
+def place_words(
+    stack: Stack,
+    at: tuple[int, int, int],  # voxel
+) -> str:
+    "Where a voxel is in the world."
+    x, y, z = transform_points(stack.grid.affine, torch.tensor(at, dtype=torch.float64)).tolist()
+    return f"R {x:.1f}   A {y:.1f}   S {z:.1f} mm"
+
+
 def describe_point(
     stack: Stack,
     at: tuple[int, int, int],  # voxel
 ) -> str:  # three lines
     "What is at a voxel: where it is, what the images show there, and which vertebra it belongs to."
-    x, y, z = transform_points(stack.grid.affine, torch.tensor(at, dtype=torch.float64)).tolist()
     values = [f"{name} {image[at]:.4g}{UNITS[stack.modalities[name]]}" for name, image in stack.images.items()]
     if stack.disp is not None:
-        values += [f"det J {stack.jacobian_det[at]:.2f}", f"deformation {stack.disp[(slice(None), *at)].norm():.1f} mm"]
-    return f"R {x:.1f}   A {y:.1f}   S {z:.1f} mm   voxel {', '.join(map(str, at))}\n{'   '.join(values)}\n{describe_vertebra(stack, at)}"
+        values += [f"det J {stack.jacobian_det[at]:.2f}", f"deformation {np.linalg.norm([u[at] for u in stack.disp]):.1f} mm"]
+    return f"{place_words(stack, at)}   voxel {', '.join(map(str, at))}\n{'   '.join(values)}\n{describe_vertebra(stack, at)}"
 
 # %% ../../nbs/72_interactive.slices.ipynb #5aa3a2fe
 def slice_colours(
@@ -227,17 +238,20 @@ def slice_colours(
     view: View,
 ) -> UInt8[np.ndarray, "rows columns 4"]:  # RGBA, opaque, rows upwards
     "The colours of one slice."
-    other = view.show if view.show in stack.images else "moved" if "moved" in stack.images else "moving"
-    one, two = (through_window(cut(stack.images[name], plane, view.at[plane.axis]), view.windows[name]) for name in ("fixed", other))
-    if view.show == "jacobian":
-        colours = jacobian_colours(cut(stack.jacobian_det, plane, view.at[plane.axis]), view.half_range)
-        mixed = (1 - view.fade) * one[..., None] + view.fade * colours
-    elif view.show in stack.images:
-        mixed = two[..., None]
+    index = view.at[plane.axis]
+
+    def seen(name: str) -> np.ndarray:
+        return through_window(cut(stack.images[name], plane, index), view.windows[name])
+
+    if view.show in stack.images:
+        mixed = seen(view.show)[..., None]
+    elif view.show == "jacobian":
+        colours = jacobian_colours(cut(stack.jacobian_det, plane, index), view.half_range)
+        mixed = (1 - view.fade) * seen("fixed")[..., None] + view.fade * colours
     else:
         square = tuple(max(round(20 / mm), 1) for mm in stack.grid.spacing_mm[[plane.up, plane.across]])
-        mixed = mix(one, two, view.show, view.fade, square)
-    colours = np.full((*one.shape, 4), 255, np.uint8)
+        mixed = mix(seen("fixed"), seen("moved" if "moved" in stack.images else "moving"), view.show, view.fade, square)
+    colours = np.full((*mixed.shape[:2], 4), 255, np.uint8)
     colours[..., :3] = (255 * mixed).round()
     return colours
 
@@ -250,6 +264,7 @@ class Panel(NamedTuple):
     image: AxesImage  # RGBA
     solid: LineCollection  # outlines
     dashed: LineCollection  # outlines of the fixed image's labels
+    edges: LineCollection  # what is dark beside all of them
     names: list[Artist]  # of the outlined vertebrae
     lines: LineCollection  # deformed grid
     arrows: Artist | None
@@ -257,7 +272,7 @@ class Panel(NamedTuple):
 
     def artists(self) -> list[Artist]:
         "All of them, and the letters, which lie on the image."
-        single = [self.image, self.solid, self.dashed, self.lines, *self.cross, *self.ax.texts]
+        single = [self.image, self.solid, self.dashed, self.edges, self.lines, *self.cross, *self.ax.texts]
         return single if self.arrows is None else [*single, self.arrows]
 
 # %% ../../nbs/72_interactive.slices.ipynb #312ce080
@@ -269,7 +284,10 @@ def make_panel(
     "An empty slice with its letters, and the artists to fill it."
     image = show_slice(ax, stack.images["fixed"], stack.grid, plane, 0)
     solid, dashed = (ax.add_collection(LineCollection([], linewidths=1.3, linestyles=style, zorder=3)) for style in ("-", "--"))
-    names = [ax.text(0, 0, "", color="white", fontsize=7, ha="center", va="center", zorder=4, bbox=LETTER_BOX) for _ in stack.names]
+    edges = ax.add_collection(LineCollection([], linewidths=2.6, colors=(0, 0, 0, 0.7), zorder=2.5))
+    style = {"fontsize": 8, "fontweight": "bold", "ha": "center", "va": "center", "zorder": 4, "clip_on": True}
+    halo = [withStroke(linewidth=2, foreground="black")]
+    names = [ax.text(0, 0, "", color=colour, path_effects=halo, **style) for colour in vertebra_colours(stack.names)]
     lines = ax.add_collection(LineCollection([], linewidths=0.6, colors="#56B4E9", zorder=2))
     ends = None
     if stack.disp is not None:
@@ -278,7 +296,7 @@ def make_panel(
     ax.axis("off")
     cross = [draw(0, linewidth=0.6, color="#ffd24d", zorder=5) for draw in (ax.axvline, ax.axhline)]
     ax.set_title(plane.name, fontsize=9)
-    return Panel(ax, plane, image, solid, dashed, names, lines, ends, cross)
+    return Panel(ax, plane, image, solid, dashed, edges, names, lines, ends, cross)
 
 # %% ../../nbs/72_interactive.slices.ipynb #08ee3e49
 def turn_outlines(
@@ -287,17 +305,37 @@ def turn_outlines(
     view: View,
 ) -> None:
     "Outline the labels of another slice, and write their names."
-    index = view.at[panel.plane.axis]
+    index, colours = view.at[panel.plane.axis], vertebra_colours(stack.names)
     found = {name: find_outlines(stack.labels[name], stack.grid, panel.plane, index) for name in view.outlined if name in stack.labels}
     for artist, wanted in ((panel.solid, set(found) - {"fixed"}), (panel.dashed, set(found) & {"fixed"})):
-        lines = [(line, outline.colour) for name in wanted for outline in found[name] for line in outline.lines]
+        lines = [(line, colours[outline.label - 1]) for name in wanted for outline in found[name] for line in outline.lines]
         artist.set(segments=[line for line, _ in lines], color=[colour for _, colour in lines])
+    panel.edges.set_segments([line for outlines in found.values() for outline in outlines for line in outline.lines])
     written = {outline.label: outline for outlines in reversed(found.values()) for outline in outlines}
     names = marked(stack.names, stack.vertebrae)
     for label, artist in enumerate(panel.names, start=1):
         artist.set_visible(label in written)
         if label in written:
             artist.set(text=names[label - 1], position=written[label].centre_mm)
+
+# %% ../../nbs/72_interactive.slices.ipynb #0b67aa79
+def middle_mm(
+    grid: Grid,
+    view: View,
+) -> Float[np.ndarray, "3"]:  # mm along the axes of the grid, from its lower corner
+    "What lies in the middle of a picture."
+    half = grid.size_mm / (2 * view.zoom)
+    return np.clip((np.array(view.middle or view.at) + 0.5) * grid.spacing_mm, half, grid.size_mm - half)
+
+
+def limits_mm(
+    grid: Grid,
+    view: View,
+    axes: Iterable[int],
+) -> list[tuple[float, float]]:  # from, to; mm likewise
+    "What a picture shows along some axes."
+    middle, half = middle_mm(grid, view), grid.size_mm / (2 * view.zoom)
+    return [(middle[axis] - half[axis], middle[axis] + half[axis]) for axis in axes]
 
 # %% ../../nbs/72_interactive.slices.ipynb #dcfd1b2b
 def turn_panel(
@@ -307,6 +345,8 @@ def turn_panel(
 ) -> None:
     "Show another view in one plane."
     plane, grid, index = panel.plane, stack.grid, view.at[panel.plane.axis]
+    (left, right), (bottom, top) = limits_mm(grid, view, (plane.across, plane.up))
+    panel.ax.set(xlim=(right, left), ylim=(bottom, top))
     panel.image.set_data(slice_colours(stack, plane, view))
     turn_outlines(panel, stack, view)
     if panel.arrows is not None:
@@ -360,21 +400,42 @@ def plan_axes(
     return [*(across / up.max()), *beside], float(height)
 
 # %% ../../nbs/72_interactive.slices.ipynb #db27168e
-def voxel_under(
+def place_under(
     panel: Panel,
-    place: tuple[float, float],  # pixels from the left and from the bottom of the figure
-    stack: Stack,
+    pixel: tuple[float, float],  # from the left and from the bottom of the figure
+    grid: Grid,
     at: tuple[int, int, int],  # voxel of the crosshair
-) -> tuple[int, int, int] | None:  # in the slice that the panel shows; None beside it
-    "The voxel under a pixel of a panel."
-    if not panel.ax.bbox.contains(*place):
+) -> Float[np.ndarray, "3"] | None:  # mm along the axes of the grid, from its lower corner; None beside the slice
+    "The place under a pixel of a panel."
+    if not panel.ax.bbox.contains(*pixel):
         return None
-    found = list(at)
-    for axis, mm in zip((panel.plane.across, panel.plane.up), panel.ax.transData.inverted().transform(place)):
-        found[axis] = int(np.clip(mm // stack.grid.spacing_mm[axis], 0, stack.grid.shape[axis] - 1))
-    return tuple(found)
+    place = (np.array(at) + 0.5) * grid.spacing_mm
+    place[[panel.plane.across, panel.plane.up]] = panel.ax.transData.inverted().transform(pixel)
+    return place
+
+
+def voxel_of(
+    place_mm: Float[np.ndarray, "3"],  # along the axes of the grid, from its lower corner
+    grid: Grid,
+) -> tuple[int, int, int]:
+    "The voxel that holds a place."
+    return tuple(np.clip(place_mm // grid.spacing_mm, 0, np.array(grid.shape) - 1).astype(int).tolist())
 
 # %% ../../nbs/72_interactive.slices.ipynb #6ae6a16f
+def darken(
+    figure: Picture,
+) -> None:
+    "White on black in place of black on white, for all that lies beside the images."
+    figure.set_facecolor("#181818")
+    for ax in figure.axes:
+        ax.set_facecolor("#181818")
+        ax.tick_params(colors="0.9")
+        for text in (ax.title, ax.xaxis.label, ax.yaxis.label):
+            text.set_color("0.9")
+        for spine in ax.spines.values():
+            spine.set_color("0.6")
+
+
 class SlicePicture(LivePicture):
     "Planes through one voxel of a stack."
 
@@ -385,8 +446,11 @@ class SlicePicture(LivePicture):
         planes: Sequence[Plane] = (SAGITTAL, CORONAL, AXIAL),
         strip: bool = False,  # figures of the vertebrae and the scale of det J beside them
         words: bool = True,  # what is at the crosshair, below them
+        dark: bool = False,  # paper
+        width_in: float | None = None,  # inches, of the slices; as they fit on a page of a notebook when None
     ):
         ratios, height = plan_axes(stack, planes, strip)
+        height *= 1.0 if width_in is None else width_in / (height * sum(ratios))
         width = height * sum(ratios) + 0.6 + strip
         self.stack, self.columns = stack, int(16 * width)
         below = 0.16 * len(self.describe(view).splitlines()) + 0.1 if words else 0.0
@@ -398,6 +462,8 @@ class SlicePicture(LivePicture):
             draw_scale(axes[len(planes)], view.half_range)
         if len(ratios) > len(planes) + 1:
             draw_strip(axes[-2:], stack.vertebrae)
+        if dark:
+            darken(self)
         self.words = self.text(0.01, 0.01, "", fontsize=8, va="bottom", linespacing=1.4, visible=words)
         self.changing = [self.words, *(artist for panel in self.panels for artist in panel.artists())]
         self.turn(view)
@@ -413,11 +479,12 @@ class SlicePicture(LivePicture):
             turn_panel(panel, self.stack, view)
         self.words.set_text(self.describe(view))
 
-    def voxel_at(
+    def place_at(
         self,
         x: float,  # pixels from the left
         y: float,  # pixels from the top
-    ) -> tuple[Plane, tuple[int, int, int]] | None:  # the plane there and the voxel; None beside the slices
+    ) -> tuple[Plane, Float[np.ndarray, "3"]] | None:  # the plane there and the place, mm from the grid's lower corner; None beside the slices
         "What lies under a pixel."
-        found = [(panel.plane, voxel_under(panel, (x, self.bbox.height - y), self.stack, self.view.at)) for panel in self.panels]
+        pixel = x, self.bbox.height - y
+        found = [(panel.plane, place_under(panel, pixel, self.stack.grid, self.view.at)) for panel in self.panels]
         return next((each for each in found if each[1] is not None), None)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from ..files.problems import shown
-from .pictures import AXIAL, CORONAL, SAGITTAL, Outline, Overview, Plane, cut, find_outlines, middle_of
+from .pictures import AXIAL, CORONAL, SAGITTAL, Outline, Overview, Plane, cut, find_outlines, middle_of, vertebra_colours
 
 # %% ../../nbs/35_measure.planes.ipynb #61880015
 ROWS = (SAGITTAL, CORONAL, AXIAL)
@@ -67,16 +67,17 @@ def draw_outlines(
     outlines: list[Outline],
     size: tuple[int, int],  # pixels across and up
     scale: float,  # pixels per mm
-    names: tuple[str, ...] = (),  # of label 1, 2, ...; none are written when empty
+    names: tuple[str, ...],  # of label 1, 2, ...
+    written: bool,
 ) -> None:
     "Draw the outlines of vertebrae, each in its colour, and their names."
-    corner = np.array(size)
+    corner, colours = np.array(size), vertebra_colours(names)
     for outline in outlines:
         for line in outline.lines:
-            pen.line([tuple(point) for point in corner - scale * line], fill=outline.colour, width=1)
-        if names:
+            pen.line([tuple(point) for point in corner - scale * line], fill=colours[outline.label - 1], width=1)
+        if written:
             place = tuple(corner - scale * outline.centre_mm)
-            pen.text(place, shown(names[outline.label - 1]), outline.colour, FONT, "mm", stroke_width=1, stroke_fill="black")
+            pen.text(place, shown(names[outline.label - 1]), colours[outline.label - 1], FONT, "mm", stroke_width=1, stroke_fill="black")
 
 
 def draw_letters(pen: ImageDraw.ImageDraw, plane: Plane, size: tuple[int, int]) -> None:
@@ -93,14 +94,14 @@ def draw_tile(
     plane: Plane,
     labels: torch.Tensor | None,  # whose outlines are drawn
     at: int,  # along the axis that is cut
-    names: tuple[str, ...] = (),
+    written: bool = False,  # with the names of the vertebrae
 ) -> Image.Image:  # as `plane_size` says
     "One view of one plane."
     size = plane_size(view, plane)
     tile = Image.fromarray(np.ascontiguousarray(colours[::-1, ::-1])).resize(size, Image.Resampling.BILINEAR)
     pen = ImageDraw.Draw(tile)
     if labels is not None:
-        draw_outlines(pen, find_outlines(labels, view.grid, plane, at), size, pixels_per_mm(view), names)
+        draw_outlines(pen, find_outlines(labels, view.grid, plane, at), size, pixels_per_mm(view), view.names, written)
     draw_letters(pen, plane, size)
     return tile
 
@@ -116,6 +117,6 @@ def draw_planes(view: Overview) -> Image.Image:  # rows as ROWS, columns as COLU
         outlined = (view.labels, view.labels_before, view.labels, view.labels)
         across, up = plane_size(view, plane)
         for column, (colours, labels) in enumerate(zip(slices, outlined)):
-            tile = draw_tile(colours, view, plane, labels, at, view.names if COLUMNS[column] != "jacobian" else ())
+            tile = draw_tile(colours, view, plane, labels, at, written=COLUMNS[column] != "jacobian")
             sheet.paste(tile, (column * width + (width - across) // 2, row * height + (height - up) // 2))
     return sheet

@@ -34,7 +34,7 @@ from ..files.volumes import read_image, read_labels
 from ..measure.pictures import SAGITTAL, Picture, show_outlines, show_slice
 from .appearance import Appearance, acquire, appearance_grid, draw_appearance
 from .bending import Bend, Column, bend_column, bend_labels, draw_joints, find_column, joint_rotations, released_percent
-from .cases import KnownCase, in_view, join_landmarks, start_and_rigid_mm, verse_values, within, write_volume
+from .cases import VERSE_NAMES, KnownCase, in_view, join_landmarks, start_and_rigid_mm, verse_values, within, write_volume
 from .classes import canal_table, classify, make_scene
 from ..space.fields import determinant, jacobian
 from ..space.geometry import Grid, crop_grid, to_ras, transform_points
@@ -397,7 +397,7 @@ def draw_halfreal(
         around = image[tuple(slice(at.min(), at.max() + 1) for at in bone)]  # the fat of the back, next to the coil, may be ten times brighter
         i, (low, high) = int(np.median(bone[0])), (-200, 700) if name == "CT" else (0, np.percentile(around, 97))
         show_slice(ax, torch.from_numpy(image), ras, SAGITTAL, i, name, vmin=low, vmax=high)
-        show_outlines(ax, torch.from_numpy(mask), ras, SAGITTAL, i, linewidths=0.5)
+        show_outlines(ax, torch.from_numpy(mask), ras, SAGITTAL, i, VERSE_NAMES, linewidths=0.5)
     fig.suptitle(title, fontsize=10)
     return fig
 

@@ -22,7 +22,7 @@ import browser
 
 from spinereg.interactive.monitor import TrainingMonitor
 from spinereg.interactive.slices import SlicePicture, first_view
-from spinereg.interactive.stack import Stack
+from spinereg.interactive.stack import Layer, Stack, layers_on
 from spinereg.learning.fit import fit
 from spinereg.measure.pictures import SAGITTAL
 from spinereg.space.geometry import Grid
@@ -38,10 +38,10 @@ def large_stack():
     for number in range(8):
         labels[(x - torch.tensor([128.0, 120.0 + 3 * number, 28.0 + 28 * number])).norm(dim=-1) < 14 + number / 3] = number + 1
     image = image + (labels > 0)
-    images = {"fixed": 100 * image, "moving": 500 * image, "moved": 500 * image.roll(2, 1)}
+    images = layers_on(grid, {"fixed": 100 * image, "moving": 500 * image, "moved": 500 * image.roll(2, 1)})
     modalities = {"fixed": "mr", "moving": "ct", "moved": "ct"}
-    both, names = {"moved": labels, "fixed": labels.roll(2, 1)}, tuple(f"T{n}" for n in range(1, 9))
-    return Stack(grid, images, modalities, both, names, pd.DataFrame(), image, image.expand(3, -1, -1, -1))
+    both, names = layers_on(grid, {"moved": labels, "fixed": labels.roll(2, 1)}), tuple(f"T{n}" for n in range(1, 9))
+    return Stack(grid, images, modalities, both, names, pd.DataFrame(), Layer(image, grid), (Layer(image, grid),) * 3)
 
 
 def whole(picture):
