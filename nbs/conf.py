@@ -110,7 +110,8 @@ def floor_page(floor: str) -> str:  # "0_space"
     "What a floor is for, its notebooks, and all that its modules define."
     number, name = floor.split("_")
     stems = FLOORS[floor]
-    lines = [f"# {number} {name}", inspect.getdoc(import_module(f"spinereg.{name}")), "```{toctree}", ":hidden:", *(f"../{stem}" for stem in stems), "```"]
+    lines = [f"# {number} {name}", inspect.getdoc(import_module(f"spinereg.{name}"))]
+    lines += ["```{toctree}", ":hidden:", *(f"../{stem}" for stem in stems), "```"]
     lines += ["| notebook | subject |", "|---|---|", *(f"| [{stem.split('_', 1)[1]}](../{stem}.ipynb) | {subtitle(stem)} |" for stem in stems), ""]
     modules = {path.stem: lesson(path.stem, stems) for path in (ROOT / "spinereg" / name).glob("[!_]*.py")}
     for module, stem in sorted(modules.items(), key=lambda found: found[1]):
@@ -126,10 +127,11 @@ def lesson(module: str, stems: list[str]) -> str:
 
 def public_page() -> str:
     "The names of `spinereg` itself, each with its first line and a link to where it is told."
-    lines = ["# API", "What most people call is in `spinereg` itself. The reference of all else is on the page of its floor.", "", "| name | what it is |", "|---|---|"]
+    lines = ["# API", "What most people call is in `spinereg` itself. The reference of all else is on the page of its floor.", ""]
+    lines += ["| name | what it is |", "|---|---|"]
     for name, module in spinereg.PUBLIC.items():
         said = inspect.getdoc(getattr(import_module(f"spinereg.{module}"), name)).splitlines()[0]
-        lines.append(f"| {{py:obj}}`spinereg.{name} <spinereg.{module}.{name}>` | {said} |")
+        lines.append(f"| {{py:obj}}`{name} <spinereg.{module}.{name}>` | {said} |")
     return "\n".join(lines)
 
 
@@ -193,7 +195,7 @@ def parameters_of(thing: object) -> Iterator[tuple[str, str, str]]:  # name, typ
         said = meanings(function)
         for name, parameter in inspect.signature(function).parameters.items():
             if name not in ("self", "cls"):
-                yield name, "" if parameter.annotation is parameter.empty else say_kind(parameter.annotation), said.get(name, "")
+                yield name, "" if parameter.annotation is parameter.empty else say_kind(parameter.annotation).strip("'"), said.get(name, "")
 
 
 def is_own(thing: object) -> bool:
@@ -211,7 +213,8 @@ def tell_parameters(app, what, name, thing, options, lines):
     for parameter, kind, meaning in parameters_of(thing):
         lines += [f":param {parameter}: {as_rst(meaning)}", *([f":type {parameter}: ``{kind}``"] if kind else [])]
     if not inspect.isclass(thing) and (back := inspect.signature(thing).return_annotation) not in (None, inspect.Signature.empty):
-        lines.append(f":returns: (``{say_kind(back)}``) {as_rst(meanings(thing)['return'])}")
+        kind = say_kind(back).strip("'")
+        lines.append(f":returns: (``{kind}``) {as_rst(meanings(thing)['return'])}")
     lines.append("")
 
 
