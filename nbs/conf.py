@@ -193,7 +193,7 @@ def parameters_of(thing: object) -> Iterator[tuple[str, str, str]]:  # name, typ
     function = vars(thing).get("__init__") if inspect.isclass(thing) else inspect.unwrap(thing)
     if hasattr(function, "__code__"):
         said = meanings(function)
-        for name, parameter in inspect.signature(function).parameters.items():
+        for name, parameter in inspect.signature(function if inspect.isclass(thing) else thing).parameters.items():
             if name not in ("self", "cls"):
                 yield name, "" if parameter.annotation is parameter.empty else say_kind(parameter.annotation).strip("'"), said.get(name, "")
 
