@@ -9,18 +9,20 @@ VENV = .venv
 BIN  = $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 CASE = $(firstword $(wildcard data_samples/test/easy*) $(wildcard data_samples/test/*))
 OUT  = out/register
+SITE = out/site
 ARGS =
 JOBS = 2
 
 given = -p $(1) $(if $(wildcard $(CASE)/$(2)),$(CASE)/$(2),None)
 
-.PHONY: help run test sync notebooks samples
+.PHONY: help run test sync notebooks docs samples
 
 help:
 	@echo "make run        register a sample case (CASE=folder for another, ARGS='-p name value' for parameters) into $(OUT)"
 	@echo "make test       lint, notebooks, tests and apps: what CI runs"
 	@echo "make sync       export the notebooks to spinereg/ and clean them: before every commit"
 	@echo "make notebooks  execute every notebook in a fresh kernel and store its outputs"
+	@echo "make docs       build the documentation site into $(SITE)"
 	@echo "make samples    write data_samples again"
 
 $(VENV)/.python:
@@ -36,6 +38,11 @@ $(VENV)/.run: $(VENV)/.python settings.ini setup.py constraints.txt
 $(VENV)/.test: $(VENV)/.python settings.ini setup.py constraints.txt
 	@echo "Installing spinereg and its tools into $(VENV): some minutes the first time, nothing after that"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIN) --editable ".[dev]"
+	@touch $(VENV)/.run $@
+
+$(VENV)/.docs: $(VENV)/.python settings.ini setup.py constraints.txt
+	@echo "Installing spinereg and what its site needs into $(VENV): some minutes the first time, nothing after that"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIN) --editable ".[docs]"
 	@touch $(VENV)/.run $@
 
 define TABLE
@@ -79,6 +86,10 @@ notebooks: $(VENV)/.test
 		$(BIN)/papermill --kernel python3 $$notebook $$notebook || exit 1; done
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
+
+docs: $(VENV)/.docs
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet -d out/doctrees nbs $(SITE)
+	@echo "site: $(abspath $(SITE))/index.html"
 
 samples: $(VENV)/.run
 	@mkdir -p out

@@ -413,12 +413,12 @@ def test_readme_and_makefile_name_only_parameters_that_an_app_has():
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
-@pytest.mark.parametrize("target", ["run", "test"])
+@pytest.mark.parametrize("target", ["run", "test", "docs"])
 def test_second_call_installs_nothing(tmp_path, target):
     """Once the stamps are newer than settings.ini, setup.py and constraints.txt, no pip line is left to run."""
     command = ["make", "--dry-run", target, f"VENV={tmp_path.as_posix()}", "CASE=data"]
     first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for stamp in (".python", ".run", ".test"):
+    for stamp in (".python", ".run", ".test", ".docs"):
         (tmp_path / stamp).touch()
     second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "pip install" in first
