@@ -3,10 +3,13 @@
 import ast
 import inspect
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+import venv
 import zipfile
 from configparser import ConfigParser
 from email.parser import Parser
@@ -306,19 +309,35 @@ def test_version_is_one():
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    "A folder as pip would fill it: the wheel, built from a plain checkout and unpacked."
-    top = tmp_path_factory.mktemp("wheel")
+def checkout(tmp_path_factory):
+    "What a build needs of a checkout, and nothing that was left in it."
+    top = tmp_path_factory.mktemp("checkout")
     ignore = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
     for folder in ("nbs", "spinereg"):
-        shutil.copytree(ROOT / folder, top / "checkout" / folder, ignore=ignore)
+        shutil.copytree(ROOT / folder, top / folder, ignore=ignore)
     for name in ("settings.ini", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, top / "checkout")
-    done = python("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(top), str(top / "checkout"))
+        shutil.copy(ROOT / name, top)
+    return top
+
+
+def build_wheel(source, folder):
+    "The wheel of a folder or of a source archive."
+    done = python("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(source))
     assert done.returncode == 0, done.stderr
-    (wheel,) = top.glob("*.whl")
-    zipfile.ZipFile(wheel).extractall(top / "site")
-    return top / "site"
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def wheel(checkout, tmp_path_factory):
+    return build_wheel(checkout, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def site(wheel):
+    "A folder as pip would fill it."
+    zipfile.ZipFile(wheel).extractall(wheel.parent / "site")
+    return wheel.parent / "site"
 
 
 @pytest.fixture(scope="module")
@@ -337,6 +356,33 @@ def test_wheel_carries_modules_and_apps_and_needs_no_tools(site, metadata):
     code = "from spinereg.apps.paths import apps; print(*(path for path in apps().values()), sep='\\n')"
     found = python("-c", code, cwd=site).stdout.split()
     assert [Path(path) for path in found] == [site / "spinereg/notebooks" / path.name for path in APPS]
+
+
+def test_a_source_archive_builds_the_same_wheel(checkout, wheel, tmp_path):
+    """E1: all that a build needs is in the archive, and the licence goes with both."""
+    done = python("-c", "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])", str(tmp_path), cwd=checkout)
+    assert done.returncode == 0, done.stderr
+    (archive,) = tmp_path.glob("*.tar.gz")
+    held, again = (zipfile.ZipFile(path).namelist() for path in (wheel, build_wheel(archive, tmp_path)))
+    assert sorted(held) == sorted(again)
+    assert [name for name in held if name.endswith(".dist-info/licenses/LICENSE")]
+
+
+def test_an_installed_wheel_works_far_from_a_checkout(wheel, tmp_path):
+    """E1: in an environment of its own, which borrows from this one what the package needs."""
+    venv.create(tmp_path / "env", symlinks=sys.platform != "win32")
+    base = {"base": tmp_path / "env", "platbase": tmp_path / "env"}
+    modules, scripts = (Path(sysconfig.get_path(name, "venv", base)) for name in ("purelib", "scripts"))
+    alone = {"cwd": tmp_path, "env": {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}}
+    install = ["install", "--quiet", "--no-compile", "--no-deps", "--no-index", str(wheel)]
+    done = python("-m", "pip", "--python", str(tmp_path / "env"), *install, **alone)
+    assert done.returncode == 0, done.stderr
+    (modules / "borrowed.pth").write_text(sysconfig.get_path("purelib"), "utf-8")
+    code = "import spinereg, spinereg.apps; print(spinereg.__file__, spinereg.apps.app('register'), sep='\\n')"
+    commands = [["python", "-c", code], ["spinereg", "--help"], ["spinereg", "register", "--help"]]
+    said = [subprocess.check_output([scripts / name, *words], text=True, **alone) for name, *words in commands]
+    assert [Path(path) for path in said[0].splitlines()] == [modules / "spinereg" / name for name in ("__init__.py", "notebooks/register.ipynb")]
+    assert "register" in said[1] and "--moving_labels" in said[2]
 
 
 def test_every_extra_that_is_offered_can_be_installed(metadata):
