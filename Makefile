@@ -31,7 +31,7 @@ $(VENV)/.python:
 # runs pip and shows how far it is: in one place of a terminal, elsewhere in a line every 20 s; where it fails, the last that it said
 define PROGRESS
 import pathlib, shutil, subprocess, sys, sysconfig, threading, time
-began, terminal, said, site = time.monotonic(), sys.stdout.isatty(), ["starting"], pathlib.Path(sysconfig.get_path("purelib"))
+began, terminal, said, site = time.monotonic(), sys.stdout.isatty(), ["starting\n"], pathlib.Path(sysconfig.get_path("purelib"))
 process = subprocess.Popen([sys.executable, *sys.argv[1:]], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
 reader = threading.Thread(target=lambda: said.extend(line for line in process.stdout if line.strip()))
 reader.start()
