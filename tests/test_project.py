@@ -201,6 +201,14 @@ def test_d6_app_checks_all_that_papermill_set(path):
 
 
 @pytest.mark.parametrize("path", APPS, ids=name_of)
+def test_app_makes_its_out_dir_absolute_before_all_else(path):
+    """It writes to one place, opened by hand or by papermill, and prints where."""
+    lines = [ast.unparse(line) for line in parsed(path).body]
+    (first, *_) = [number for number, line in enumerate(lines) if "given_parameters(globals()" in line]
+    assert lines.index("out_dir = out_folder(out_dir)") < first
+
+
+@pytest.mark.parametrize("path", APPS, ids=name_of)
 def test_app_defines_no_function(path):
     assert not [node for node in ast.walk(parsed(path)) if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Lambda)]
 
@@ -291,7 +299,8 @@ def test_e1_constraints_pin_every_requirement_within_its_bounds():
 def test_e1_every_week_all_checks_run_in_new_environments():
     """E1: on three systems, with the pinned versions and with the newest that the bounds allow; a promise of the workflow, not of its last result."""
     workflow = (ROOT / ".github/workflows/test.yml").read_text("utf-8")
-    for word in ("cron:", "ubuntu-latest", "macos-latest", "windows-latest", '"3.11"', "--constraint constraints.txt", 'pin: ""', "make test"):
+    systems = "ubuntu-latest", "macos-latest", "windows-latest"
+    for word in ("cron:", *systems, '"3.11"', "--constraint constraints.txt", 'pin: ""', "newest PyTorch", "make test"):
         assert word in workflow, word
 
 
@@ -385,6 +394,14 @@ def test_an_installed_wheel_works_far_from_a_checkout(wheel, tmp_path):
     assert "register" in said[1] and "--moving_labels" in said[2]
 
 
+def test_what_the_container_copies_is_there_and_enough_to_install(checkout):
+    """E1: the file is not built here."""
+    lines = (ROOT / ".container/Containerfile").read_text("utf-8").splitlines()
+    copied = {name for line in lines if line.startswith("COPY") for name in line.split()[2:-1]}
+    assert all((ROOT / name).exists() for name in copied)
+    assert {path.name for path in checkout.iterdir()} - {"build", "spinereg.egg-info"} | {"constraints.txt", "data_samples"} <= copied
+
+
 def test_every_extra_that_is_offered_can_be_installed(metadata):
     """E2: what README, an app or an error message says after `pip install` is an extra of the built package, with all its requirements."""
     texts = [path.read_text("utf-8") for path in (ROOT / "README.md", ROOT / "Makefile", *MODULES, *NOTEBOOKS)]
@@ -427,7 +444,7 @@ def test_commands_of_readme_are_found_without_activating_anything():
 @pytest.mark.parametrize("wanted", ["spinereg register", "papermill nbs/apps/register", "spinereg batch register", "spinereg sweep register"])
 def test_commands_of_readme_run_when_pasted(wanted, tmp_path):
     """E3: on data_samples, in a shell that knows nothing, with the least of steps and large voxels."""
-    (block,) = [block for block in blocks("sh") if f".venv/bin/{wanted}" in block]
+    block = next(block for block in blocks("sh") if f".venv/bin/{wanted}" in block)
     (line,) = [line for line in block.replace("\\\n", " ").splitlines() if wanted in line]
     quick = "-p spacing_mm 4.0 -p method rigid -p prealign header" if "papermill" in wanted else "--spacing_mm 4.0 --method rigid --prealign header"
     line = re.sub(r"--(spacing_mm|method) \S+", "", line).replace(" out/", f" {tmp_path}/") + f" {quick}"
