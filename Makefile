@@ -30,14 +30,32 @@ $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
+# runs pip and shows how far it is: in one place of a terminal, elsewhere in a line every 20 s; where it fails, the last that it said
+define PROGRESS
+import pathlib, shutil, subprocess, sys, sysconfig, threading, time
+began, terminal, said, site = time.monotonic(), sys.stdout.isatty(), ["starting\n"], pathlib.Path(sysconfig.get_path("purelib"))
+process = subprocess.Popen([sys.executable, *sys.argv[1:]], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+reader = threading.Thread(target=lambda: said.extend(line for line in process.stdout if line.strip()))
+reader.start()
+while reader.is_alive():
+    reader.join(0.5 if terminal else 20)
+    doing = next(line.strip() for line in reversed(said) if not line[0].isspace())
+    line = f"{time.monotonic() - began:.0f} s, {len([*site.glob('*.dist-info')])} packages installed: {doing}"
+    width = shutil.get_terminal_size().columns - 1
+    print(f"\r{line[:width]:{width}}" if terminal else line[:width], end="" if terminal else "\n", flush=True)
+print("\n" * terminal + "".join(said[-20:]) * (process.wait() != 0), end="")
+sys.exit(process.returncode)
+endef
+export PROGRESS
+
 $(VENV)/.run: $(VENV)/.python settings.ini setup.py constraints.txt
 	@echo "Installing spinereg into $(VENV): some minutes the first time, nothing after that"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIN) --editable .
+	@$(BIN)/python -c "$$PROGRESS" -m pip install --progress-bar off --disable-pip-version-check $(PIN) --editable .
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.python settings.ini setup.py constraints.txt
 	@echo "Installing spinereg and its tools into $(VENV): some minutes the first time, nothing after that"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIN) --editable ".[dev]"
+	@$(BIN)/python -c "$$PROGRESS" -m pip install --progress-bar off --disable-pip-version-check $(PIN) --editable ".[dev]"
 	@touch $(VENV)/.run $@
 
 $(VENV)/.docs: $(VENV)/.python settings.ini setup.py constraints.txt
@@ -53,7 +71,7 @@ wanted = ["vertebra", "distance_mm", "angle_deg", "relative_angle_deg", "residua
 if len(table):
     print(table[[name for name in wanted if name in table]].round(2).to_string(index=False))
 print("\n" + json.loads((out / "metrics.json").read_text())["summary"])
-print("\nexecuted notebook:", out / "register.ipynb")
+print("\nexecuted notebook:", (out / "register.ipynb").resolve())
 endef
 export TABLE
 
@@ -84,6 +102,7 @@ notebooks: $(VENV)/.test
 		$(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --inplace $$notebook || exit 1; done
 	for notebook in nbs/apps/*.ipynb; do \
 		$(BIN)/papermill --kernel python3 $$notebook $$notebook || exit 1; done
+	sed -i.bak "s|$(CURDIR)|/home/me/spinereg|g" nbs/apps/*.ipynb && rm nbs/apps/*.bak # they print where their files are
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
 

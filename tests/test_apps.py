@@ -2,10 +2,13 @@
 
 import ast
 import json
+import shutil
 from pathlib import Path
 
 import papermill
 import pytest
+
+from spinereg.apps import command
 
 ROOT = Path(__file__).resolve().parent.parent
 APPS = sorted((ROOT / "nbs/apps").glob("*.ipynb"))
@@ -20,8 +23,8 @@ QUICKER = {
 }
 
 
-def run(path, executed, **parameters):
-    papermill.execute_notebook(path, executed, parameters=parameters, cwd=ROOT, kernel_name="python3", progress_bar=False)
+def run(path, executed, cwd=ROOT, **parameters):
+    papermill.execute_notebook(path, executed, parameters=parameters, cwd=cwd, kernel_name="python3", progress_bar=False)
 
 
 def checked_twice(notebook):
@@ -40,6 +43,28 @@ def test_app_runs_on_data_samples_and_leaves_a_small_notebook(path, tmp_path):
     run(app, executed, out_dir=str(tmp_path / "out"), **QUICKER.get(path.stem, {}))
     assert executed.stat().st_size <= 5_000_000
     assert any((tmp_path / "out").iterdir())
+
+
+def test_an_app_opened_by_hand_writes_where_papermill_does(tmp_path):
+    """In its own folder of a checkout, as JupyterLab runs it: to `out` at the top, and it prints where."""
+    top, executed = tmp_path / "spinereg", tmp_path / "executed.ipynb"
+    shutil.copytree(ROOT / "data_samples/val", top / "data_samples/val")
+    (top / "nbs/apps").mkdir(parents=True)
+    run(ROOT / "nbs/apps/check.ipynb", executed, cwd=top / "nbs/apps", splits=["val"], prealign="header")
+    table = top / "out/check/check.csv"
+    assert table.is_file() and not any((top / "nbs/apps").iterdir())
+    assert json.dumps(str(table))[1:-1] in executed.read_text("utf-8")
+
+
+def test_a_relative_out_dir_of_a_shell_begins_in_its_current_folder(tmp_path, monkeypatch):
+    """The app is told so, as by itself it would begin at the top of the checkout."""
+    jobs = []
+    monkeypatch.setattr(command, "run_job", lambda job, listen: jobs.append(job) or {"status": "done"})
+    (tmp_path / "data_samples").mkdir()
+    monkeypatch.chdir(tmp_path / "data_samples")
+    assert command.main(["check", "--out_dir", "mine"]) == command.main(["check"]) == 0
+    here = Path.cwd()
+    assert [job.parameters["out_dir"] for job in jobs] == [job.folder for job in jobs] == [str(here / "mine"), str(here / "out/check")]
 
 
 def test_d6_an_app_refuses_a_parameter_it_does_not_have(tmp_path):

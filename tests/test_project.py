@@ -3,10 +3,13 @@
 import ast
 import inspect
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+import venv
 import zipfile
 from configparser import ConfigParser
 from email.parser import Parser
@@ -198,6 +201,14 @@ def test_d6_app_checks_all_that_papermill_set(path):
 
 
 @pytest.mark.parametrize("path", APPS, ids=name_of)
+def test_app_makes_its_out_dir_absolute_before_all_else(path):
+    """It writes to one place, opened by hand or by papermill, and prints where."""
+    lines = [ast.unparse(line) for line in parsed(path).body]
+    (first, *_) = [number for number, line in enumerate(lines) if "given_parameters(globals()" in line]
+    assert lines.index("out_dir = out_folder(out_dir)") < first
+
+
+@pytest.mark.parametrize("path", APPS, ids=name_of)
 def test_app_defines_no_function(path):
     assert not [node for node in ast.walk(parsed(path)) if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Lambda)]
 
@@ -288,7 +299,8 @@ def test_e1_constraints_pin_every_requirement_within_its_bounds():
 def test_e1_every_week_all_checks_run_in_new_environments():
     """E1: on three systems, with the pinned versions and with the newest that the bounds allow; a promise of the workflow, not of its last result."""
     workflow = (ROOT / ".github/workflows/test.yml").read_text("utf-8")
-    for word in ("cron:", "ubuntu-latest", "macos-latest", "windows-latest", '"3.11"', "--constraint constraints.txt", 'pin: ""', "make test"):
+    systems = "ubuntu-latest", "macos-latest", "windows-latest"
+    for word in ("cron:", *systems, '"3.11"', "--constraint constraints.txt", 'pin: ""', "newest PyTorch", "make test"):
         assert word in workflow, word
 
 
@@ -306,19 +318,35 @@ def test_version_is_one():
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    "A folder as pip would fill it: the wheel, built from a plain checkout and unpacked."
-    top = tmp_path_factory.mktemp("wheel")
+def checkout(tmp_path_factory):
+    "What a build needs of a checkout, and nothing that was left in it."
+    top = tmp_path_factory.mktemp("checkout")
     ignore = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
     for folder in ("nbs", "spinereg"):
-        shutil.copytree(ROOT / folder, top / "checkout" / folder, ignore=ignore)
+        shutil.copytree(ROOT / folder, top / folder, ignore=ignore)
     for name in ("settings.ini", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, top / "checkout")
-    done = python("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(top), str(top / "checkout"))
+        shutil.copy(ROOT / name, top)
+    return top
+
+
+def build_wheel(source, folder):
+    "The wheel of a folder or of a source archive."
+    done = python("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(source))
     assert done.returncode == 0, done.stderr
-    (wheel,) = top.glob("*.whl")
-    zipfile.ZipFile(wheel).extractall(top / "site")
-    return top / "site"
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def wheel(checkout, tmp_path_factory):
+    return build_wheel(checkout, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def site(wheel):
+    "A folder as pip would fill it."
+    zipfile.ZipFile(wheel).extractall(wheel.parent / "site")
+    return wheel.parent / "site"
 
 
 @pytest.fixture(scope="module")
@@ -337,6 +365,41 @@ def test_wheel_carries_modules_and_apps_and_needs_no_tools(site, metadata):
     code = "from spinereg.apps.paths import apps; print(*(path for path in apps().values()), sep='\\n')"
     found = python("-c", code, cwd=site).stdout.split()
     assert [Path(path) for path in found] == [site / "spinereg/notebooks" / path.name for path in APPS]
+
+
+def test_a_source_archive_builds_the_same_wheel(checkout, wheel, tmp_path):
+    """E1: all that a build needs is in the archive, and the licence goes with both."""
+    done = python("-c", "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])", str(tmp_path), cwd=checkout)
+    assert done.returncode == 0, done.stderr
+    (archive,) = tmp_path.glob("*.tar.gz")
+    held, again = (zipfile.ZipFile(path).namelist() for path in (wheel, build_wheel(archive, tmp_path)))
+    assert sorted(held) == sorted(again)
+    assert [name for name in held if name.endswith(".dist-info/licenses/LICENSE")]
+
+
+def test_an_installed_wheel_works_far_from_a_checkout(wheel, tmp_path):
+    """E1: in an environment of its own, which borrows from this one what the package needs."""
+    venv.create(tmp_path / "env", symlinks=sys.platform != "win32")
+    base = {"base": tmp_path / "env", "platbase": tmp_path / "env"}
+    modules, scripts = (Path(sysconfig.get_path(name, "venv", base)) for name in ("purelib", "scripts"))
+    alone = {"cwd": tmp_path, "env": {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}}
+    install = ["install", "--quiet", "--no-compile", "--no-deps", "--no-index", str(wheel)]
+    done = python("-m", "pip", "--python", str(tmp_path / "env"), *install, **alone)
+    assert done.returncode == 0, done.stderr
+    (modules / "borrowed.pth").write_text(sysconfig.get_path("purelib"), "utf-8")
+    code = "import spinereg, spinereg.apps; print(spinereg.__file__, spinereg.apps.app('register'), sep='\\n')"
+    commands = [["python", "-c", code], ["spinereg", "--help"], ["spinereg", "register", "--help"]]
+    said = [subprocess.check_output([scripts / name, *words], text=True, **alone) for name, *words in commands]
+    assert [Path(path) for path in said[0].splitlines()] == [modules / "spinereg" / name for name in ("__init__.py", "notebooks/register.ipynb")]
+    assert "register" in said[1] and "--moving_labels" in said[2]
+
+
+def test_what_the_container_copies_is_there_and_enough_to_install(checkout):
+    """E1: the file is not built here."""
+    lines = (ROOT / ".container/Containerfile").read_text("utf-8").splitlines()
+    copied = {name for line in lines if line.startswith("COPY") for name in line.split()[2:-1]}
+    assert all((ROOT / name).exists() for name in copied)
+    assert {path.name for path in checkout.iterdir()} - {"build", "spinereg.egg-info"} | {"constraints.txt", "data_samples"} <= copied
 
 
 def test_every_extra_that_is_offered_can_be_installed(metadata):
@@ -381,7 +444,7 @@ def test_commands_of_readme_are_found_without_activating_anything():
 @pytest.mark.parametrize("wanted", ["spinereg register", "papermill nbs/apps/register", "spinereg batch register", "spinereg sweep register"])
 def test_commands_of_readme_run_when_pasted(wanted, tmp_path):
     """E3: on data_samples, in a shell that knows nothing, with the least of steps and large voxels."""
-    (block,) = [block for block in blocks("sh") if f".venv/bin/{wanted}" in block]
+    block = next(block for block in blocks("sh") if f".venv/bin/{wanted}" in block)
     (line,) = [line for line in block.replace("\\\n", " ").splitlines() if wanted in line]
     quick = "-p spacing_mm 4.0 -p method rigid -p prealign header" if "papermill" in wanted else "--spacing_mm 4.0 --method rigid --prealign header"
     line = re.sub(r"--(spacing_mm|method) \S+", "", line).replace(" out/", f" {tmp_path}/") + f" {quick}"

@@ -37,6 +37,7 @@ def run_app(
     texts, rest = parser.parse_known_args(words)
     values = read_values(name, vars(texts), rest, known)
     folder = user_path(values.get("out_dir") or (known["out_dir"].default if "out_dir" in known else f"out/{notebook.stem}")).absolute()
+    values |= {"out_dir": str(folder)} if "out_dir" in known else {}  # from the current folder, as a shell means it
     record = run_job(Job(name, str(notebook), str(folder), values, os.getcwd(), code=code_of(notebook)), listen=say)
     print(f"executed notebook: {folder / notebook.name}")
     return int(record["status"] != "done")
