@@ -67,11 +67,25 @@ class Live:
         assert before.shape != after.shape or (before != after).any()
         return before, after
 
+    def unfold(self, title):
+        self.outputs.get_by_text(title, exact=False).first.click()
+
     def slider(self, name):
         return self.outputs.locator(".widget-hslider").filter(has=self.page.get_by_text(name, exact=True)).get_by_role("slider").first
 
     def menu(self, name):
         return self.outputs.locator(".widget-dropdown").filter(has=self.page.get_by_text(name, exact=True)).locator("select")
+
+
+def drag(page, box, start, end):
+    "Move the mouse with its button down, from one place of a picture to another."
+    (x0, y0), (x1, y1) = ((box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in (start, end))
+    page.mouse.move(x0, y0)
+    page.mouse.down()
+    for part in (0.3, 0.6, 1.0):
+        page.mouse.move(x0 + part * (x1 - x0), y0 + part * (y1 - y0))
+        page.wait_for_timeout(60)
+    page.mouse.up()
 
 
 def test_the_quickstart_runs_and_its_viewers_answer(lab):
@@ -91,14 +105,23 @@ def test_the_quickstart_runs_and_its_viewers_answer(lab):
     box = live.picture.bounding_box()
     live.changes(lambda: live.picture.click(position={"x": 0.25 * box["width"], "y": 0.3 * box["height"]}))
     assert words.inner_text() != said and page.evaluate(STATE) == before
+    live.changes(lambda: page.keyboard.press("+"))
+    said = words.inner_text()
+    live.changes(lambda: drag(page, box, (0.2, 0.4), (0.2, 0.5)))
+    assert words.inner_text() == said, "a drag moves the picture, not the crosshair"
+    live.changes(lambda: page.keyboard.press("0"))
+    page.keyboard.press("?")
+    expect(live.outputs.get_by_text("next vertebra, the one before")).to_be_visible()
     live.changes(lambda: live.menu("vertebra").select_option("L3"))
     expect(words).to_contain_text("L3: moved")
     lab.shot("slices")
     live.changes(lambda: live.menu("show").select_option("blend"))
     live.changes(lambda: live.slider("fade").press("ArrowRight"))
+    live.unfold("slices, outlines")
     live.changes(lambda: live.menu("CT window").select_option("soft tissue"))
     live.changes(lambda: live.outputs.get_by_role("button", name="axial").click())
     jacobian = Live(lab, cell_with("quickstart", "JacobianMap("))
+    jacobian.unfold("slices, outlines")
     jacobian.changes(lambda: jacobian.slider("left - right").press("ArrowRight"))
     lab.shot("jacobian")
 

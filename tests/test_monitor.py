@@ -287,3 +287,28 @@ def test_d4_five_hundred_drawings_leave_a_small_notebook_and_no_figure(tmp_path)
 
 def test_time_is_told_as_people_do():
     assert [time_text(s) for s in (5, 65, 3600, 90061)] == ["0:05", "1:05", "1:00:00", "25:01:01"]
+
+
+@pytest.mark.parametrize("watch", [None, "monitor"])
+def test_progress_is_told_once_and_ends_at_the_end_after_stop(watch, capsys):
+    """A monitor tells it in its picture, so that there is no bar; a bar that is stopped is full, and says that it was stopped."""
+    files = [Path(__file__).parent.parent / "data_samples/test/easy_0" / f"{name}.nii.gz" for name in ("mr_t1", "ct", "ct_mask")]
+    taken = []
+
+    def stop(step):
+        taken.append(step.done)
+        step.stop = len(taken) == 3
+
+    class Stopping(TrainingMonitor):
+        def __call__(self, step):
+            self.requests.stop = self.log.steps == 2
+            super().__call__(step)
+
+    monitor = Stopping()
+    spinereg.register(*files, method="optimise", prealign="header", spacing_mm=4.0, steps=(20, 20, 5), on_step=monitor if watch else stop)
+    said = capsys.readouterr().out
+    if watch:
+        assert "% |" not in said and "stopped" in monitor.live.words.get_text()
+    else:
+        last = said.split("\r")[-1]
+        assert "100 % |" in last and "stopped at 16 mm" in last and taken[-1] < 0.1

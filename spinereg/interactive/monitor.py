@@ -24,7 +24,7 @@ from .live import LivePicture
 from .slices import Panel, View, make_panel, turn_panel
 from .stack import Layer, Stack, label_centre, layers_on
 from .steering import Controls, Requests, add_run, listen
-from ..measure.curves import CURVES, Log, make_curves, new_log, update_curves
+from ..measure.curves import Log, known_curves, make_curves, new_log, update_curves
 from ..measure.pictures import SAGITTAL, Overview, Picture
 from ..registration.run import Step
 
@@ -51,23 +51,25 @@ def middle_voxel(
 class MonitorPicture(LivePicture):
     "Curves and slices of a run."
 
-    def __init__(self, overview: Overview):
+    def __init__(self, overview: Overview, known: list[tuple]):  # see `known_curves`
         super().__init__(figsize=(12.5, 6.2), layout="constrained")
         self.get_layout_engine().set(rect=(0, 0.04, 1, 0.96))
         top, bottom = self.subfigures(2, 1, height_ratios=(1, 1.25))
-        axes = [*top.subplots(1, 4), *bottom.subplots(1, 5, width_ratios=(1, 1, 1, 1.4, 1.4))]
-        self.curves = [make_curves(ax, *panel) for ax, panel in zip(axes, CURVES)]
+        above, below = known[: max(4, len(known) - 3)], known[max(4, len(known) - 3) :]
+        axes = top.subplots(1, len(above), squeeze=False)[0].tolist()
+        axes += bottom.subplots(1, len(below) + 2, width_ratios=[1] * len(below) + [1.4] * 2).tolist()
+        self.known, self.curves = known, [make_curves(ax, *panel) for ax, panel in zip(axes, known)]
         self.panels: list[Panel] = [make_panel(ax, overview_stack(overview), SAGITTAL) for ax in axes[-2:]]
         self.grid = overview.grid
         for panel, title in zip(self.panels, ("fixed orange, moved blue", "det J, 0.5 blue to 1.5 red")):
             panel.ax.set_title(title, fontsize=9)
         self.words = self.text(0.01, 0.005, "", fontsize=8, va="bottom")
-        lines = [artist for curves in self.curves for artist in (*curves.lines.values(), curves.marks, curves.empty)]
+        lines = [artist for curves in self.curves for artist in (*curves.lines.values(), curves.marks)]
         self.changing = [self.words, *lines, *(artist for panel in self.panels for artist in panel.artists())]
 
-    def fits(self, overview: Overview) -> bool:
-        "Whether a look has the size that the panels were made for."
-        return overview.grid.shape == self.grid.shape and np.allclose(overview.grid.spacing_mm, self.grid.spacing_mm)
+    def fits(self, overview: Overview, known: list[tuple]) -> bool:
+        "Whether the panels were made for what is known now, and for slices of this size."
+        return known == self.known and overview.grid.shape == self.grid.shape and np.allclose(overview.grid.spacing_mm, self.grid.spacing_mm)
 
     def show_slices(self, overview: Overview) -> None:
         "Show the slices of a look."
@@ -180,15 +182,21 @@ class MonitorViewer(Viewer):
         self.case = case
         self.looks.cost = 0.0
 
+    def lay_out(self) -> None:
+        "Make another picture where what is known has no place in this one."
+        known = known_curves(self.log)
+        if self.live is None or not self.live.fits(self.overview, known):
+            self.live = MonitorPicture(self.overview, known)
+            self.live.show_slices(self.overview)
+
     def look(self, step: Step) -> None:
         "See what the case looks like now."
         began = time.perf_counter()
-        overview, figures = step.look(self.case) if step.cases else step.look()
+        self.overview, figures = step.look(self.case) if step.cases else step.look()
         self.log.add(figures)
         with self.lock:
-            if self.live is None or not self.live.fits(overview):
-                self.live = MonitorPicture(overview)
-            self.live.show_slices(overview)
+            self.lay_out()
+            self.live.show_slices(self.overview)
         self.looks.spend(began)
 
 # %% ../../nbs/79_interactive.monitor.ipynb #5afb48fd
@@ -208,6 +216,7 @@ class DrawingMonitor(MonitorViewer):
         "Bring the picture up to date, here and in the notebook."
         began = time.perf_counter()
         with self.lock:
+            self.lay_out()
             self.live.show_curves(self.log)
             case = step.cases[self.case] if step.cases else "this pair"
             where = f"step {self.log.last} {progress(step, *self.began, over)}"
@@ -237,6 +246,8 @@ class DrawingMonitor(MonitorViewer):
 # %% ../../nbs/79_interactive.monitor.ipynb #8129c2b9
 class TrainingMonitor(DrawingMonitor):
     "Watch `fit` or `register` while it runs, pause and stop it, change its weights: give it as `on_step`."
+
+    tells_progress = True  # so that no bar tells it as well
 
     def __call__(self, step: Step) -> None:
         "Note a step, do what was asked for, draw if there is time."

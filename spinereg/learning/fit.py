@@ -45,7 +45,7 @@ from ..losses.objective import Weights
 from ..losses.similarity import Similarity, similarity_of
 from ..registration.networks import UNet, load_network
 from ..registration.register import fault_of, scheme_faults
-from ..registration.run import PROGRESS, Step, frees_memory, in_range, one_of, refuse, whole
+from ..registration.run import PROGRESS, Step, frees_memory, in_range, one_of, refuse, tells_progress, whole
 
 # %% ../../nbs/55_learning.fit.ipynb #13056c7e
 @dataclass(frozen=True)
@@ -275,7 +275,7 @@ class Reporter:
         self.total = sum(stage.epochs for stage in training.settings.stages) * per_epoch
         self.step = learner.progress.epoch * per_epoch + learner.progress.taken
         shown = {"bar_format": PROGRESS, "mininterval": 10, "delay": 0.1, "file": sys.stdout}
-        self.bar = tqdm(total=self.total, initial=self.step, disable=not learner.accelerator.is_main_process, **shown)
+        self.bar = tqdm(total=self.total, initial=self.step, disable=tells_progress(on_step) or not learner.accelerator.is_main_process, **shown)
 
     def tell(self, row: dict) -> None:
         "Tell of a step, and do as the callback says; in every process as in the first."
@@ -290,6 +290,9 @@ class Reporter:
             step = Step(row, self.step / self.total, learner.weights, self.look, cases)
             self.on_step(step)
             learner.stop = step.stop
+            if step.stop:  # nothing follows
+                self.bar.total = self.step
+                self.bar.set_description_str(f"stopped in epoch {row['epoch']}")
         if self.on_step is not None and learner.accelerator.num_processes > 1:
             learner.weights, learner.stop = broadcast_object_list([learner.weights, learner.stop])
 

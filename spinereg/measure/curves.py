@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['POINTS', 'LINE_COLOURS', 'LOOKED_AT', 'CURVES', 'thin', 'Curves', 'empty_line', 'make_curves', 'grow',
-           'update_curves', 'Log', 'new_log']
+           'update_curves', 'Log', 'new_log', 'known_curves']
 
 # %% ../../nbs/34_measure.curves.ipynb #d8f49ac6
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.lines import Line2D
@@ -46,7 +45,6 @@ class Curves(NamedTuple):
     ax: Axes
     lines: dict[str, Line2D]  # by column
     marks: LineCollection  # where stages begin
-    empty: Artist  # says that nothing is known yet
 
 
 def empty_line(
@@ -69,14 +67,13 @@ def make_curves(
     "An empty panel."
     lines = {name: empty_line(ax, name, LINE_COLOURS[number]) for number, name in enumerate(columns)}
     marks = ax.add_collection(LineCollection([], colors="0.5", linestyles=":", linewidths=1, transform=ax.get_xaxis_transform()))
-    empty = ax.text(0.5, 0.5, "not known", transform=ax.transAxes, ha="center", fontsize=8, color="0.5")
     ax.set_yscale("log" if log else "linear")
     ax.set(xlim=(0, 20), ylim=(0.9, 1.1))
     ax.set_title(title, fontsize=9)
     ax.tick_params(labelsize=7, which="both")
-    if len(columns) > 1:
-        ax.legend(fontsize=6, loc="upper right")
-    return Curves(ax, lines, marks, empty)
+    if len(columns) > 1:  # below the axes, where no curve is
+        ax.legend(fontsize=6, loc="upper left", bbox_to_anchor=(-0.02, -0.12), ncols=4, frameon=False, columnspacing=1.0, handlelength=1.5)
+    return Curves(ax, lines, marks)
 
 # %% ../../nbs/34_measure.curves.ipynb #f18a1e61
 def grow(
@@ -113,7 +110,6 @@ def update_curves(
         last = first - 1 + len(next(iter(traces.values())))
         ax.set_xlim(first - 1, before[0][1] if first <= last <= before[0][1] else first + 1.5 * (last - first) + 10)
         ax.set_ylim(grow(before[1], np.array(all_values), log))
-    curves.empty.set_visible(not all_values)
     curves.marks.set_segments([[(begin, 0), (begin, 1)] for begin in begins])
     return before != (ax.get_xlim(), ax.get_ylim())
 
@@ -166,3 +162,12 @@ class Log:
 def new_log() -> Log:
     "An empty log of all that is drawn."
     return Log({name: [] for columns, *_ in CURVES for name in columns})
+
+# %% ../../nbs/34_measure.curves.ipynb #35877c19
+def known_curves(
+    log: Log,
+) -> list[tuple[tuple[str, ...], str, bool]]:  # as `CURVES`
+    "The panels, and the curves in them, of which something is known by now."
+    known = {name for name, values in log.traces.items() if np.isfinite(values).any()}
+    panels = [(tuple(name for name in columns if name in known), title, scale) for columns, title, scale in CURVES]
+    return [panel for panel in panels if panel[0]]

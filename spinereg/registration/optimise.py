@@ -26,7 +26,7 @@ from ..losses.objective import FREE_TERMS, Batch, Weights, apply_velocity, field
 from ..losses.similarity import Similarity
 from ..measure.metrics import mean_dice
 from ..measure.snapshot import Snapshot, take_snapshot
-from .run import PROGRESS, Step
+from .run import PROGRESS, Step, tells_progress
 from .scene import Scene, make_batch
 from ..space.fields import extend_field, integrate, length_mm, resample_field, warp, warp_labels
 from ..space.geometry import Grid, crop_grid, respace_grid
@@ -139,6 +139,9 @@ class Journal:
             step = Step(row, self.visited / self.bar.total, self.weights, look, terms=self.terms)
             self.on_step(step)
             self.stopped = step.stop and self.visited < self.bar.total
+            if self.stopped:  # nothing follows
+                self.bar.total = self.visited
+                self.bar.set_description_str(f"stopped at {row['level_mm']:.3g} mm")
 
 # %% ../../nbs/43_registration.optimise.ipynb #92da89c8
 class Optimised(NamedTuple):
@@ -168,7 +171,8 @@ def optimise(
     voxels = [int(np.prod(batch.grid.shape)) for batch in batches]
     dice = None if on_step is None or scene.fixed_labels is None else DiceOnOneGrid(scene, respace_grid(grid, 2 * spacing))
     velocity, before = start or (scene.fixed.new_zeros(1, 3, *grid.shape), grid)
-    with tqdm(total=int(np.dot(voxels, steps)), bar_format=PROGRESS, mininterval=2, delay=0.1, file=sys.stdout) as bar:
+    shown = {"bar_format": PROGRESS, "mininterval": 2, "delay": 0.1, "file": sys.stdout, "disable": tells_progress(on_step)}
+    with tqdm(total=int(np.dot(voxels, steps)), **shown) as bar:
         journal = Journal(bar, weights, on_step, FREE_TERMS if scene.labels is None or free is not None else ())
         for batch, count, work in zip(batches, steps, voxels):
             place, stiffness = parameter_grid(batch.grid), 1.0 if batch is batches[-1] else 0.03

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROGRESS', 'one_of', 'in_range', 'whole', 'refuse', 'several', 'schedule_fault', 'choose_device', 'Environment',
-           'peak_memory_bytes', 'environment', 'Step', 'WeightChange', 'weights_changed', 'Clock', 'frees_memory']
+           'peak_memory_bytes', 'environment', 'Step', 'WeightChange', 'weights_changed', 'tells_progress', 'Clock',
+           'frees_memory']
 
 # %% ../../nbs/40_registration.run.ipynb #c63f9b62
 import gc
@@ -182,6 +183,13 @@ def weights_changed(
 
 # %% ../../nbs/40_registration.run.ipynb #3f3d34a8
 PROGRESS = "{percentage:3.0f} % |{bar:30}| {elapsed}, {remaining} left; {desc}"  # format of a tqdm bar
+
+
+def tells_progress(
+    on_step: Callable[[Step], None] | None,
+) -> bool:  # then a bar would tell it twice
+    "Whether a callback tells how far a run is, as a monitor does."
+    return getattr(on_step, "tells_progress", False)
 
 
 class Clock:
