@@ -1,6 +1,7 @@
 """The documentation site: built from the notebooks without a warning, whole, and without a network."""
 
 import inspect
+import os
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 import browser
 import pytest
+from filelock import FileLock
 
 import spinereg
 from spinereg.apps.help import meanings
@@ -45,13 +47,21 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    "The site, built once from a copy of the notebooks; a warning is an error."
-    top = tmp_path_factory.mktemp("docs")
+    "The site, built once from a copy of the notebooks, by the first of several workers; a warning is an error."
+    top = tmp_path_factory.getbasetemp() / "docs"
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        top = tmp_path_factory.getbasetemp().parent / "docs"
+    with FileLock(f"{top}.lock"):
+        return top / "site" if (top / "site/index.html").exists() else build(top)
+
+
+def build(top):
+    shutil.rmtree(top, ignore_errors=True)
     shutil.copytree(NBS, top / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints", "_proc", "pages"))
     command = [sys.executable, "-m", "sphinx", "--fail-on-warning", "--keep-going", "--quiet", "-c", NBS, "-d", top / "doctrees"]
-    done = subprocess.run([*command, top / "nbs", top / "site"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, top / "nbs", top / "built"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return top / "site"
+    return (top / "built").rename(top / "site")
 
 
 @pytest.fixture(scope="module")

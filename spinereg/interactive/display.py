@@ -44,7 +44,8 @@ class Viewer:
     def _ipython_display_(self):
         present = person_present()
         if present:
-            display({"text/html": f'<style class="spinereg-still">\n{static("still.css")}</style>', "text/plain": ""}, raw=True)
+            sheet, script = static("still.css"), static("names.js")
+            display({"text/html": f'<style class="spinereg-still">\n{sheet}</style><script>{script}</script>', "text/plain": ""}, raw=True)
         self.handle = display(Image(self.png()), display_id=True)
         if present:
             display(self.box.add_class("spinereg-viewer")._repr_mimebundle_() | {"text/plain": ""}, raw=True)

@@ -134,8 +134,8 @@ def save_menu(
     save: Callable[[Path], Path],
 ) -> widgets.HBox:
     "A menu of the kinds of files; what was written is said beside it."
-    style = {"tooltip": "save the picture at print size, in the folder of the notebook", "layout": {"width": "150px"}}
-    menu, said = widgets.Dropdown(options=[("save as ...", ""), *((ending, ending) for ending in SAVED_AS)], **style), widgets.Label()
+    style = {"description": "save as", "tooltip": "save the picture at print size, in the folder of the notebook", "layout": {"width": "170px"}}
+    menu, said = widgets.Dropdown(options=[("...", ""), *((ending, ending) for ending in SAVED_AS)], **style), widgets.Label()
 
     def chosen(change: dict) -> None:
         if change["new"]:

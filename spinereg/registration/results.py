@@ -335,7 +335,8 @@ def page(
     png = base64.b64encode(picture._repr_png_()).decode()
     said = escape(summary).replace("\n", "<br>")
     image = f'<img alt="overview of the registration" style="max-width: 100%" src="data:image/png;base64,{png}">'
-    return f"<p>{said}</p>{image}{table.to_html(escape=True, na_rep='')}"
+    rows = f'<div tabindex="0" role="region" aria-label="vertebrae" style="overflow-x: auto">{table.to_html(escape=True, na_rep="")}</div>'
+    return f"<p>{said}</p>{image}{rows}"
 
 # %% ../../nbs/46_registration.results.ipynb #29a728aa
 @dataclass(frozen=True, eq=False)
