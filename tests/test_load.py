@@ -24,7 +24,7 @@ from spinereg.interactive.stack import as_stack
 from spinereg.measure.motion import Contact
 from spinereg.registration.load import load, metrics_back
 from spinereg.registration.networks import UNet, save_weights
-from spinereg.registration.report import LabelFigures, RunRecord
+from spinereg.registration.report import DiceGain, LabelFigures, RunRecord
 from spinereg.registration.run import WeightChange
 
 CASE = Path(__file__).resolve().parent.parent / "data_samples/test/easy_0"
@@ -178,6 +178,7 @@ def test_E4_every_figure_survives_json(polyrigid, plain):
         full,
         replace(full, contacts=(Contact("L2", "L3", *range(len(Contact._fields) - 2)),), landmarks=full.landmarks[:1]),
         replace(full, run=RunRecord(7, True, (WeightChange(3, "oc", 1.0, 0.5),)), labels=LabelFigures(("L1",), ("C1",))),
+        replace(full, labels=labels._replace(whole=None, cut=DiceGain(("L2", "L3"), 0.1, 0.2, 1 / 3))),
         replace(full, labels=labels._replace(working_grid=None), notices=(Notice("moving", "ct.nii.gz", "odd", True),)),
         replace(full, vertebrae=full.vertebrae.assign(dice=np.nan, error_mm=[np.nan, 1 / 3]), levels={}),
         replace(full, prealign=full.prealign._replace(reasons={"steep": 0.4}, notices=(Notice("prealign", "ct.nii.gz", "not sure"),))),
@@ -283,3 +284,17 @@ def test_E4_D_manifest_what_is_no_whole_result_of_this_version_is_refused(plain,
         load(alone)
     with pytest.raises(InputError, match="no such folder"):
         load(tmp_path / "nowhere")
+
+
+def test_E4_a_result_without_figures_of_this_version_is_refused_and_measured_anew(polyrigid, plain, files, tmp_path):
+    """E4: says which figures it lacks and how to have them; without labels there is nothing to lack."""
+    fewer = rewritten(polyrigid[1], tmp_path / "fewer", lambda said: [said["vertebrae"].pop("aligned_distance_mm"), said["labels"].pop("whole")])
+    with pytest.raises(InputError, match=r"no aligned_distance_mm and no whole: spinereg .* Measure its map anew, evaluate_transform\("):
+        load(fewer)
+    anew = spinereg.evaluate_transform(fewer, **files, spacing_mm=4.0)
+    columns = ["aligned_distance_mm", "aligned_angle_deg", "relative_distance_mm"]
+    assert np.allclose(anew.vertebrae[columns], polyrigid[0].vertebrae[columns], atol=0.05, equal_nan=True)
+    assert anew.metrics.labels == polyrigid[0].metrics.labels
+    none = {"vertebrae": {"distance_mm": {}}, "labels": {"only_moving": [], "only_fixed": [], "missing": []}, "certainty": {}}
+    assert load(rewritten(polyrigid[1], tmp_path / "none", lambda said: said.update(none))).metrics.labels == LabelFigures((), ())
+    assert load(rewritten(plain[1], tmp_path / "plain", lambda said: None)).summary() == plain[0].summary()

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
-from spinereg.measure.motion import bone_contacts, neighbour_motions, pose, vertebra_rigidity, world_motions
+from spinereg.measure.motion import aligned_motions, bone_contacts, neighbour_motions, pose, vertebra_rigidity, world_motions
 from spinereg.space.fields import warp_labels
 from spinereg.space.geometry import Grid, transform_points
 from spinereg.space.images import label_centres_mm
@@ -62,6 +62,21 @@ def test_neighbours_that_share_a_motion_have_not_moved_against_each_other():
     common, alone = rigid([5, -7, 3], [10, 20, 30]), rigid([0, 0, 4], [1, 0, 0])
     relative = neighbour_motions(np.stack([common @ alone, common, common]))
     assert np.allclose(relative, [alone, np.eye(4)])
+
+
+@settings(max_examples=30, deadline=None)
+@given(turn=st.tuples(*[st.floats(-20, 20)] * 3), shift=st.tuples(*[st.floats(-15, 15)] * 3), origin=st.tuples(*[st.floats(-900, 900)] * 3))
+def test_the_origin_of_a_scanner_is_no_motion_of_a_vertebra(turn, shift, origin):
+    """A known motion about a known centre, behind any pre-alignment and any offset of the headers, comes back; the headers' figure does not."""
+    centre, own = np.array([10.0, -30, -280]), rigid(turn, [0, 0, 0])
+    own[:3, 3] = centre + shift - own[:3, :3] @ centre
+    prealign, headers = rigid([8, -6, 20], [3, 4, -50]), rigid([0, 0, 0], origin)
+    (found,) = aligned_motions((headers @ prealign @ own)[None], headers @ prealign)
+    angle = np.rad2deg(Rotation.from_rotvec(turn, degrees=True).magnitude())
+    assert pose(found, centre)[3:5] == pytest.approx((np.linalg.norm(shift), angle), abs=1e-6)
+    both = [pose(before @ prealign @ own, centre) for before in (np.eye(4), headers)]
+    moved = [np.array(each[:3]) for each in both]
+    assert np.allclose(moved[1] - moved[0], origin)
 
 
 @pytest.mark.parametrize("factor", [0.9, 1.1])

@@ -18,15 +18,19 @@ from scipy.spatial.transform import Rotation
 
 import spinereg
 from spinereg.apps.paths import given_parameters
+from spinereg.files.nifti import NativeSpace
 from spinereg.files.pairs import read_pair
 from spinereg.files.problems import InputError
-from spinereg.files.transforms import read_transform
+from spinereg.files.transforms import SpineTransform, read_transform
+from spinereg.files.volumes import Labels
 from spinereg.losses.objective import TERMS, Weights
 from spinereg.losses.similarity import LNCC
 from spinereg.registration.apply import apply
 from spinereg.registration.optimise import make_transform, optimise, parameter_grid
 from spinereg.registration.prealign import rigid_start
 from spinereg.registration.register import RegisterSettings, find_velocity, prepare, register
+from spinereg.registration.report import label_doubts, say_dice
+from spinereg.registration.results import measure_labels
 from spinereg.registration.run import choose_device
 from spinereg.registration.scene import Scene, make_batch, make_scene, overlap_mask, working_grid
 from spinereg.space.geometry import Grid, transform_points
@@ -441,6 +445,61 @@ def test_a_failed_registration_does_not_read_like_a_good_one(tmp_path):
     assert text.startswith("NOT TO BE TRUSTED") and "further apart" in text and "n_missing" in text
     gone = set(result.metrics.seen_percent) - set(result.vertebrae.index)
     assert gone and all(f"{name} (" in text for name in gone)
+
+
+def test_what_the_headers_are_off_is_in_one_column_and_not_in_the_summary(tmp_path):
+    """The CT's header shifted by 600 mm, and the pre-alignment with it: the same words and motions, but for the distance by the headers."""
+    few = {key: value for key, value in UNMEASURED.items() if key != "prealign"} | {"spacing_mm": 4.0, "levels": (1,), "steps": (3,)}
+    turn, shift = np.eye(4), np.eye(4)
+    turn[:3, :3], turn[:3, 3], shift[2, 3] = Rotation.from_rotvec([2, 0, 0], degrees=True).as_matrix(), [0, -9, 2], 600
+    for name in ("moving", "moving_labels"):
+        image = nib.load(few[name])
+        nib.save(nib.Nifti1Image(np.asarray(image.dataobj), shift @ image.affine), tmp_path / f"{name}.nii.gz")
+    there, flip = {name: tmp_path / f"{name}.nii.gz" for name in ("moving", "moving_labels")}, np.diag([-1.0, -1, 1, 1])
+    for name, start in (("near", flip @ turn @ flip), ("far", flip @ shift @ turn @ flip)):
+        sitk.WriteTransform(sitk.AffineTransform(start[:3, :3].ravel().tolist(), start[:3, 3].tolist()), str(tmp_path / f"{name}.tfm"))
+    one, other = (register(**few | given, prealign=str(tmp_path / f"{name}.tfm")) for name, given in (("near", {}), ("far", there)))
+    assert one.summary() == other.summary() and "against the rigid pre-alignment" in one.summary()
+    columns = [name for name in one.vertebrae if name.startswith(("aligned_", "relative_")) and name != "relative_to"]
+    assert len(columns) == 16 and np.allclose(one.vertebrae[columns], other.vertebrae[columns], atol=0.02, equal_nan=True)
+    assert np.allclose(other.vertebrae.superior_mm - one.vertebrae.superior_mm, 600, atol=0.02) and other.vertebrae.distance_mm.min() > 500
+    assert {"aligned_distance_mm", "aligned_angle_deg", "relative_distance_mm", "relative_angle_deg"} <= set(one.table())
+
+
+def blocks(up):
+    "Labels of two vertebrae, the upper one moved up by as many slices, as far as the image goes."
+    grid, data = Grid((10, 10, 40), np.eye(4)), torch.zeros(10, 10, 40 + up, dtype=torch.int16)
+    data[5:8, 2:8, 26 + up : 36 + up], data[2:5, 2:8, 5:15] = 1, 2
+    native = NativeSpace(Path("labels.nii.gz"), nib.Nifti1Image(np.zeros(grid.shape, np.uint8), grid.affine).header, grid.affine, grid)
+    return Labels(data[:, :, :40], ("L1", "L2"), (20, 21), grid, native)
+
+
+@pytest.mark.parametrize("up", [0, 2, 5, 9, 25])
+def test_C14_pushing_a_vertebra_out_of_view_gains_nothing(up):
+    """C14: which vertebrae are cut, the label maps say as they were given; one that a map moves over the border counts as before."""
+    labels, empty, shift = blocks(0), torch.zeros(1, 1, 10, 10, 40), np.eye(4)
+    disp = torch.zeros(1, 3, 10, 10, 40)
+    disp[:, 2, 5:] = -float(up)
+    scene = Scene(empty, labels.grid, empty, labels.grid, shift, labels)
+    moved = blocks(up).data
+    rows, found = measure_labels(labels, scene, SpineTransform(labels.grid, disp, disp, shift), labels.grid, moved)
+    share = 2 * max(0, 10 - up) / (10 + min(10, max(0, 14 - up)))
+    assert found.whole.vertebrae == ("L1", "L2") and found.cut is None
+    assert rows.dice["L1"] == pytest.approx(share, abs=1e-6) and found.whole.dice == found.now.dice == pytest.approx((share + 1) / 2, abs=1e-6)
+    assert found.missing == (("L1",) if up > 13 else ()) and (found.whole.start_dice, found.whole.prealigned_dice) == (1, 1)
+
+
+def test_C14_what_a_border_cuts_is_compared_with_itself():
+    """Cut in one of the two label maps: apart from the mean, over the same vertebrae at the start and now."""
+    labels, cut, still = blocks(0), blocks(12), np.eye(4)
+    empty, rest = torch.zeros(1, 1, 10, 10, 40), torch.zeros(1, 3, 10, 10, 40)
+    for moving, fixed in ((labels, cut), (cut, labels)):
+        scene = Scene(empty, moving.grid, empty, moving.grid, still, moving)
+        rows, found = measure_labels(fixed, scene, SpineTransform(moving.grid, rest, rest, still), moving.grid, moving.data)
+        assert found.whole == (("L2",), 1, 1, 1) and found.cut == (("L1",), 0, 0, 0) and found.now.dice == 0.5 and rows.dice["L1"] == 0
+        assert label_doubts(found) == [] and "1.00 now (1 of 2 vertebrae; 0.00 over L1, cut by" in say_dice(found)
+        (doubt,) = label_doubts(found._replace(whole=None))
+        assert (doubt.value, doubt.threshold) == (0, 0.5)
 
 
 def test_C15_auto_is_a_cuda_gpu_or_else_the_cpu(monkeypatch):

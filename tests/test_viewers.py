@@ -18,7 +18,7 @@ from PIL import Image
 from scipy.spatial.transform import Rotation
 
 from spinereg.files.pairs import read_pair
-from spinereg.interactive.slices import CT_WINDOWS_HU, SlicePicture, describe_point, first_view, showable
+from spinereg.interactive.slices import CT_WINDOWS_HU, SlicePicture, describe_point, describe_vertebra, first_view, showable
 from spinereg.interactive.stack import Layer, Stack, label_centre, layers_on, pair_stack
 from spinereg.interactive.viewers import PLANES, SliceViewer
 from spinereg.space.geometry import Grid
@@ -98,6 +98,18 @@ def test_a_pair_is_shown_where_its_headers_put_it(tmp_path):
     whole = {name: torch.stack([layer.select(0, i) for i in range(stack.grid.shape[0])]) for name, layer in stack.images.items()}
     both = [(whole[name] > half).float() for name, half in (("fixed", 50), ("moving", 500))]
     assert 2 * (both[0] * both[1]).sum() / (both[0].sum() + both[1].sum()) > 0.93
+
+
+def test_a_vertebra_is_said_to_move_against_the_pre_alignment_and_its_neighbour():
+    """Not by the headers, which may be 600 mm apart; the lowest has no neighbour below."""
+    stack = make_stack()
+    stack = stack._replace(labels=stack.labels | {"moved": stack.labels["moving"]})
+    figures = {"distance_mm": 623.0, "angle_deg": 40.0, "aligned_distance_mm": 2.0, "aligned_angle_deg": 3.0, "residual_rms_mm": 0.0}
+    figures |= {"relative_distance_mm": 0.7, "relative_angle_deg": 1.1, "volume_change_percent": 0.0}
+    for below, against in (("L2", ", 0.7 mm and 1.1 degrees against L2"), (None, "")):
+        told = stack._replace(vertebrae=pd.DataFrame(figures | {"relative_to": below}, index=["L1"]))
+        said = describe_vertebra(told, label_centre(told, "L1"))
+        assert said.startswith(f"L1: 2.0 mm and 3.0 degrees against the pre-alignment{against}; residual")
 
 
 def test_folds_are_black_and_kept_volume_is_white():

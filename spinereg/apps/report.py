@@ -77,7 +77,8 @@ def versions_of(job: Job) -> dict[str, object]:
     return environment | {f"code of {name}" if name in ("app", "sources") else name: value for name, value in part(record, "code").items()} | times
 
 # %% ../../nbs/95a_apps.report.ipynb #728875b9
-BONE_COLUMNS = ("vertebra", "distance_mm", "angle_deg", "residual_rms_mm", "volume_change_percent", "dice", "alike")
+BONE_COLUMNS = ("vertebra", "distance_mm", "angle_deg", "aligned_distance_mm", "aligned_angle_deg", "relative_distance_mm", "relative_angle_deg")
+BONE_COLUMNS += ("residual_rms_mm", "volume_change_percent", "dice", "alike")
 BONE_COLUMNS += ("error_mm", "error_deg", "doubt_value", "doubt_limit", "doubt")
 KNOWN_FILES = ("log.txt", "job.json", "manifest.json", *RESULT_FILES)
 
@@ -156,7 +157,7 @@ def gather(
     return Gathered(pd.DataFrame(rows), join_rows(tables), list(details), shared)
 
 # %% ../../nbs/95a_apps.report.ipynb #718ab312
-SORTED_BY = ("error_max_mm", "n_doubted", "residual_rms_max_mm", "volume_change_max_percent", "dice", "tre_bone_mean_mm")
+SORTED_BY = ("error_max_mm", "n_doubted", "residual_rms_max_mm", "volume_change_max_percent", "dice", "dice_whole", "tre_bone_mean_mm")
 SORTED_BY += ("local_correlation", "folding_percent", "job_seconds")
 TEXTS = ("setting", "case", "verdict", "status")
 

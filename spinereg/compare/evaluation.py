@@ -50,8 +50,7 @@ def case_row(
     labels, contacts, seconds = metrics["labels"], metrics["contacts"], metrics["seconds"]
     names = ("dice", "start_dice", "prealigned_dice", "hd95_mm", "assd_mm", "n_missing")
     row = {name: labels[name] for name in names if name in labels} | metrics["rigidity"]
-    if "working_grid" in labels:
-        row["dice_working_grid"] = labels["working_grid"]["dice"]
+    row |= {f"dice_{name}": labels[name]["dice"] for name in ("whole", "cut", "working_grid") if labels.get(name)}
     row |= landmark_figures(metrics["landmarks"]) | {"local_correlation": metrics["local_correlation"]["now"]} | field_figures(metrics["field"])
     row |= {"contacts": len(contacts), "contact_depth_mm": max((contact["depth_mm"] for contact in contacts), default=0.0)}
     found = sum(time for stage, time in seconds.items() if stage not in ("read", "prealign", "measure"))
@@ -144,7 +143,8 @@ def compare_settings(
     return table.assign(p_holm=table.groupby("figure").p.transform(lambda p: holm(p.to_numpy())))
 
 
-FIGURES = ("dice", "hd95_mm", "rigid_dice", "residual_rms_mean_mm", "residual_max_max_mm", "volume_change_mean_percent", "volume_change_max_percent")
+FIGURES = ("dice", "dice_whole", "hd95_mm", "rigid_dice", "residual_rms_mean_mm", "residual_max_max_mm")
+FIGURES += ("volume_change_mean_percent", "volume_change_max_percent")
 FIGURES += ("tre_bone_mean_mm", "tre_bone_p95_mm", "tre_soft_tissue_mean_mm", "folding_percent", "sdlogj", "inverse_mean_mm")
 FIGURES += ("seconds", "seconds_field")
 

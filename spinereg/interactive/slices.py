@@ -205,8 +205,10 @@ def describe_vertebra(
     if name not in stack.vertebrae.index:
         return ", ".join(f"{which}: {name}" for which, name in here.items()) or "no vertebra"
     row = stack.vertebrae.loc[name]
-    rigid = f"residual {row.residual_rms_mm:.2f} mm, volume {row.volume_change_percent:+.1f} % from moving to moved"
-    return f"{name}: moved {row.distance_mm:.1f} mm, turned {row.angle_deg:.1f} degrees; {rigid}"
+    moved = f"{row.aligned_distance_mm:.1f} mm and {row.aligned_angle_deg:.1f} degrees against the pre-alignment"
+    if pd.notna(row.relative_to):
+        moved += f", {row.relative_distance_mm:.1f} mm and {row.relative_angle_deg:.1f} degrees against {row.relative_to}"
+    return f"{name}: {moved}; residual {row.residual_rms_mm:.2f} mm, volume {row.volume_change_percent:+.1f} % from moving to moved"
 
 # %% ../../nbs/72_interactive.slices.ipynb #4bd96a42
 UNITS = {"ct": " HU", "mr": ""}

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['IMAGE_FILES', 'FIGURE_FILES', 'RESULT_FILES', 'pose_table', 'vertebra_table', 'touches_border', 'rigidity_means',
-           'released_percent', 'held_by_own', 'BoneFigures', 'measure_bones', 'Compared', 'compare_labels',
-           'measure_labels', 'measure_landmarks', 'measure_likeness', 'measure_field', 'view_of', 'Measured',
-           'measure_all', 'page', 'Registration', 'files_read', 'write_figures', 'write_images', 'not_saved', 'save']
+           'released_percent', 'held_by_own', 'BoneFigures', 'measure_bones', 'Compared', 'compare_labels', 'cut_in',
+           'dice_gain', 'measure_labels', 'measure_landmarks', 'measure_likeness', 'measure_field', 'view_of',
+           'Measured', 'measure_all', 'page', 'Registration', 'files_read', 'write_figures', 'write_images',
+           'not_saved', 'save']
 
 # %% ../../nbs/46_registration.results.ipynb #5e830d6b
 import base64
 import errno
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from html import escape
@@ -34,14 +35,25 @@ from ..files.volumes import Labels, renumber, write_labels
 from ..losses.bone import bone_voxels, rigid_motions, rigid_residual_mm
 from ..losses.penalties import rd
 from ..losses.similarity import LNCC
-from ..measure.metrics import MeanAgreement, diffeomorphism, label_agreement, landmark_errors, regularity, round_trip
-from ..measure.motion import Contact, Rigidity, bone_contacts, neighbour_motions, pose, vertebra_axes, vertebra_rigidity, world_motions
+from ..measure.metrics import Agreement, MeanAgreement, diffeomorphism, label_agreement, landmark_errors, regularity, round_trip
+from spinereg.measure.motion import (
+    Contact,
+    Rigidity,
+    aligned_motions,
+    bone_contacts,
+    neighbour_motions,
+    pose,
+    vertebra_axes,
+    vertebra_rigidity,
+    world_motions,
+)
 from ..measure.pictures import Overview, Picture, draw_overview
 from ..measure.planes import draw_planes
 from ..measure.snapshot import make_view
 from .certainty import judge_bones
 from .prealign import RigidStart
 from spinereg.registration.report import (
+    DiceGain,
     FieldFigures,
     Figures,
     LabelFigures,
@@ -67,14 +79,16 @@ def pose_table(
     matrices: Float[np.ndarray, "n 4 4"],  # fixed -> moving, from the top of the spine down
     centres_mm: Float[np.ndarray, "n 3"],  # in the fixed image
     names: pd.Index,
+    rigid: Float[np.ndarray, "4 4"],  # pre-alignment
 ) -> pd.DataFrame:  # a row per vertebra
-    "How each vertebra moved, and how against the next one below; the lowest has none."
+    "How each vertebra moved, how against the pre-alignment, and how against the next one below; the lowest has none."
     axes = vertebra_axes(centres_mm)
     poses = pd.DataFrame(list(map(pose, matrices, centres_mm, axes)), index=names)
+    aligned = pd.DataFrame(list(map(pose, aligned_motions(matrices, rigid), centres_mm, axes)), index=names).add_prefix("aligned_")
     steps = list(map(pose, neighbour_motions(matrices), centres_mm, axes))
     relative = pd.DataFrame(steps, index=names[: len(steps)]).add_prefix("relative_")
     relative.insert(0, "relative_to", names[1:])
-    return pd.concat([poses, relative], axis=1)
+    return pd.concat([poses, aligned, relative], axis=1)
 
 # %% ../../nbs/46_registration.results.ipynb #b4316ad1
 def vertebra_table(
@@ -97,7 +111,7 @@ def vertebra_table(
     table["seen_percent"] = [seen[name] for name in table.index]
     number = [names.index(name) for name in table.index]
     matrices, centres = world_motions(motions, grid, rigid)[number], label_centres_mm(labels[0], grid, len(names))[number]
-    table = pd.concat([pose_table(matrices, centres, table.index), table], axis=1)
+    table = pd.concat([pose_table(matrices, centres, table.index, rigid), table], axis=1)
     return table.rename_axis("vertebra"), dict(zip(table.index, matrices)), seen
 
 # %% ../../nbs/46_registration.results.ipynb #89de8f7d
@@ -193,7 +207,7 @@ def measure_bones(
 class Compared(NamedTuple):
     "Two label maps on one grid."
 
-    rows: pd.DataFrame  # a row per common vertebra
+    rows: pd.DataFrame  # a row per common vertebra: Dice, HD95 and ASSD
     mean: MeanAgreement | None = None  # None where there is nothing to compare
     missing: tuple[str, ...] = ()  # named by both, in view in only one
 
@@ -209,10 +223,27 @@ def compare_labels(
     common = [name for name in moving_names if name in fixed_names]
     one, other = renumber(moved, moving_names, common), renumber(fixed, fixed_names, common)
     rows, mean = label_agreement(one, other, grid.spacing_mm, common)
-    if not rows:
-        return Compared(pd.DataFrame())
-    missing = tuple(row.vertebra for row in rows if row.missing)
-    return Compared(pd.DataFrame(rows).set_index("vertebra").drop(columns="missing"), mean, missing)
+    table = pd.DataFrame(rows, columns=Agreement._fields).set_index("vertebra").drop(columns="missing")
+    return Compared(table, mean if rows else None, tuple(row.vertebra for row in rows if row.missing))
+
+# %% ../../nbs/46_registration.results.ipynb #a1d46001
+def cut_in(
+    moving: Labels,
+    fixed: Labels,
+) -> set[str]:
+    "The vertebrae that reach the border of one of two label maps."
+    return {name for own in (moving, fixed) for name, cut in zip(own.names, touches_border(own.data, len(own.names))) if cut}
+
+
+def dice_gain(
+    names: Sequence[str],  # vertebrae
+    start: Compared,  # by the headers
+    prealigned: Compared,
+    now: Compared,
+) -> DiceGain | None:  # None where there are none
+    "Mean Dice of some vertebrae at the start and now; one that is in neither label map agrees on nothing."
+    means = (float(way.rows.dice.reindex(names, fill_value=0.0).mean()) for way in (start, prealigned, now))
+    return DiceGain(tuple(names), *means) if names else None
 
 # %% ../../nbs/46_registration.results.ipynb #9bbc93e5
 def measure_labels(
@@ -231,10 +262,11 @@ def measure_labels(
     fine = compare(labels, warp_labels(here[None], fixed.grid, grid)[0][0], grid)
     only = (tuple(name for name in own if name not in other) for own, other in ((moving.names, fixed.names), (fixed.names, moving.names)))
     if now.mean is None:
-        return now.rows, LabelFigures(*only)
+        return pd.DataFrame(), LabelFigures(*only)
     dice = (way.mean.dice if way.mean else 0.0 for way in (start, prealigned))
-    rows = now.rows.join(fine.rows.add_suffix("_working_grid")) if fine.mean else now.rows
-    return rows, LabelFigures(*only, now.missing, now.mean, *dice, fine.mean)
+    rows, edge = now.rows.join(fine.rows.add_suffix("_working_grid")) if fine.mean else now.rows, cut_in(moving, fixed)
+    parts = (dice_gain([name for name in rows.index if (name in edge) == cut], start, prealigned, now) for cut in (False, True))
+    return rows, LabelFigures(*only, now.missing, now.mean, *dice, fine.mean, *parts)
 
 # %% ../../nbs/46_registration.results.ipynb #9e93039e
 def measure_landmarks(
@@ -318,6 +350,7 @@ def measure_all(
             bones, judged = bones._replace(vertebrae=bones.vertebrae.join(judged.table)), {"covariance": judged.covariance, "levels": judged.levels}
         if pair.fixed_labels is not None:
             rows, labels = measure_labels(pair.fixed_labels, scene, transform, grid, view.labels)
+            bones.vertebrae["cut"] |= bones.vertebrae.index.isin(cut_in(scene.labels, pair.fixed_labels))
     found = bones._asdict() | {"vertebrae": bones.vertebrae.join(rows)}
     landmarks = measure_landmarks(pair, transform)
     figures = Figures(field=field, local_correlation=likeness, landmarks=landmarks, labels=labels, **judged, **found)
