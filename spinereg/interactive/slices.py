@@ -28,7 +28,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from torch import Tensor
 
-from .live import LivePicture
+from .live import LivePicture, few_colours
 from .stack import Stack, label_centre, vertebrae_at
 from ..measure.pictures import AXIAL, CORONAL, SAGITTAL, Picture, Plane, Sliceable, cut, find_outlines, show_slice, vertebra_colours
 from ..registration.report import marked
@@ -480,6 +480,9 @@ class SlicePicture(LivePicture):
         for panel in self.panels:
             turn_panel(panel, self.stack, view)
         self.words.set_text(self.describe(view))
+
+    def _repr_png_(self) -> bytes:
+        return few_colours(super()._repr_png_())
 
     def place_at(
         self,
