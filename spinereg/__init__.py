@@ -34,6 +34,7 @@ PUBLIC = {  # name -> where it is defined; imported when it is first asked for
     "JacobianMap": "interactive.viewers",
     "DeformedGrid": "interactive.viewers",
     "Quiver": "interactive.viewers",
+    "VertebraMotion": "interactive.motion",
     "view3d": "interactive.view3d",
     "install_itk_viewer": "interactive.itk_viewer",
     "TrainingMonitor": "interactive.monitor",

@@ -218,10 +218,29 @@ def draw(cycles):
     "JacobianMap(result)",
     "DeformedGrid(result, 'sagittal')",
     "Quiver(result, 'sagittal')",
+    "spinereg.VertebraMotion(result)",
     "view3d(result)",
     "view3d(result, engine='itkwidgets')",
     "Interactive(draw, cycles=(1, 5, 2))",
 ]
+
+
+def test_a_hand_moves_a_vertebra_and_its_pose_is_there(lab):
+    """A menu, a slider and a button of VertebraMotion each change the picture and the table; the next cell has the pose."""
+    lab.write("motion.ipynb", *EVERY[:2], "viewer = spinereg.VertebraMotion(result)\nviewer", "print(list(viewer.poses))")
+    lab.open("motion.ipynb")
+    lab.run_all(120)
+    live = Live(lab, 2)
+    live.changes(lambda: live.menu("move").select_option("L3"))
+    live.changes(lambda: live.slider("up, mm").press("PageUp"))
+    live.changes(lambda: live.slider("bend forward, deg").press("ArrowRight"))
+    expect(live.outputs.locator(".spinereg-figures")).to_contain_text("L3 *")
+    lab.shot("moved")
+    lab.page.locator(".jp-Notebook .jp-Cell").nth(3).click()
+    lab.command("notebook:run-cell")
+    expect(lab.outputs(3)).to_contain_text("['L3']")
+    live.changes(lambda: live.outputs.get_by_role("button", name="put it back").click())
+    expect(live.outputs.locator(".spinereg-figures")).not_to_contain_text("*")
 
 
 def check_still(lab, cell):

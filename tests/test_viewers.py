@@ -256,6 +256,7 @@ from spinereg.interactive.monitor import TrainingMonitor
 from spinereg.files.pairs import read_pair
 from spinereg.interactive.view3d import view3d
 from spinereg.interactive.display import Interactive
+from spinereg.interactive.motion import VertebraMotion
 from spinereg.interactive.viewers import DeformedGrid, JacobianMap, Quiver, SliceViewer
 from spinereg.measure.pictures import Picture
 files = [f"{samples}/test/easy_0/{name}.nii.gz" for name in ("mr_t1", "ct", "ct_mask")]
@@ -270,6 +271,7 @@ CELLS = [
     "JacobianMap(result)",
     "DeformedGrid(result)",
     "Quiver(result, 'sagittal')",
+    "VertebraMotion(result)",
     "view3d(result)",
     "view3d(result, engine='itkwidgets')",
     "Interactive(draw, width=(1, 3, 2))",

@@ -157,15 +157,15 @@ class ControlPanel:
     def __init__(
         self,
         controls: Sequence[Control],
-        on_view: Callable[[View], None],  # is told of a view that a person has made
+        on_view: Callable[[object], None],  # is told of a view that a person has made
         lock: RLock,  # held while views are changed
     ):
         self.controls, self.on_view, self.lock, self.following, self.view = controls, on_view, lock, False, None
         for control in controls:
             control.widget.observe(partial(self.on_value, control), "value")
 
-    def show(self, view: View) -> None:
-        "Move all widgets to what a view has."
+    def show(self, view: object) -> None:
+        "Move all widgets to what a view has, or another value that the controls stand for."
         self.view, self.following = view, True
         for control in self.controls:
             control.widget.value = control.read(view)

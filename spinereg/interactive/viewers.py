@@ -57,14 +57,21 @@ class LiveSlices(Viewer):
         self.stack, self.planes, self.strip, self.hand = as_stack(data), planes, strip, Hand(PLANES[planes][0])
         self.view = first_view(self.stack, **view)
 
+    def picture(
+        self,
+        **look,  # words, dark and width_in of `SlicePicture`
+    ) -> SlicePicture:
+        "A figure of what is shown."
+        return SlicePicture(self.stack, self.view, PLANES[self.planes], self.strip, **look)
+
     def png(self) -> bytes:
         "The whole figure as it is now, with words."
-        return SlicePicture(self.stack, self.view, PLANES[self.planes], self.strip)._repr_png_()
+        return self.picture()._repr_png_()
 
     @cached_property
     def live(self) -> SlicePicture:
         "The figure that is drawn again and again."
-        return SlicePicture(self.stack, self.view, PLANES[self.planes], self.strip, words=False, dark=True)
+        return self.picture(words=False, dark=True)
 
     def change(self, view: View | None = None, planes: str | None = None, **fields) -> None:
         "Show something else: a `View`, single fields of it, other planes."
@@ -93,7 +100,7 @@ class LiveSlices(Viewer):
         path, width_in = user_path(path), width_mm / 25.4
         if path.suffix not in SAVED_AS:
             raise ValueError(f"{path}: a picture is saved as one of {', '.join(SAVED_AS)}, not as {path.suffix or 'a file without an ending'}")
-        picture = SlicePicture(self.stack, self.view, PLANES[self.planes], self.strip, width_in=width_in)
+        picture = self.picture(width_in=width_in)
         return write_atomic(path, lambda part: picture.savefig(part, format=path.suffix[1:], dpi=300))
 
 # %% ../../nbs/75_interactive.viewers.ipynb #db4daab5

@@ -1,4 +1,4 @@
-"""How fast viewers and monitor are: python tests/benchmarks/interactive.py [slices | browser | monitor | long]; all of them without an argument.
+"""How fast viewers and monitor are: python tests/benchmarks/interactive.py [slices | motion | browser | monitor | long]; all without an argument.
 
 Ratios within one run, since machines are noisy: ways that are compared take turns.
 """
@@ -8,10 +8,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import redirect_stdout
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pandas as pd
 import torch
@@ -21,10 +23,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import browser
 
 from spinereg.interactive.monitor import TrainingMonitor
+from spinereg.interactive.motion import VertebraMotion
 from spinereg.interactive.slices import SlicePicture, first_view
 from spinereg.interactive.stack import Layer, Stack, layers_on
 from spinereg.learning.fit import fit
 from spinereg.measure.pictures import SAGITTAL
+from spinereg.registration.register import register
 from spinereg.space.geometry import Grid
 
 SAMPLES = browser.ROOT / "data_samples"
@@ -67,6 +71,33 @@ def slices(count=60):
             seconds[name].append(time.perf_counter() - began)
     median = {name: float(np.median(values)) for name, values in seconds.items()}
     return {name: f"{1000 * value:.0f} ms, live is {median['live'] / value:.2f} of it" for name, value in median.items()}
+
+
+def larger(path, mode, shape=(128, 256, 256)):
+    "An image of the samples on more voxels, the same box: values and affine."
+    image = nib.load(path)
+    data = torch.from_numpy(image.get_fdata(dtype=np.float32))[None, None]
+    parts = np.array(shape) / data.shape[2:]
+    affine = image.affine @ np.diag([*(1 / parts), 1])
+    affine[:3, 3] += image.affine[:3, :3] @ (0.5 / parts - 0.5)
+    return torch.nn.functional.interpolate(data, shape, mode=mode)[0, 0].numpy(), affine
+
+
+def motion(count=60):
+    "From a slider of VertebraMotion to the new picture, table and controls, in the kernel: three planes of 256 x 256 x 128 voxels."
+    fixed, moving, labels = (
+        larger(SAMPLES / f"test/easy_0/{name}.nii.gz", mode) for name, mode in (("mr_t1", "trilinear"), ("ct", "trilinear"), ("ct_mask", "nearest"))
+    )
+    labels = labels[0].astype(np.int16), labels[1]
+    with redirect_stdout(sys.stderr):
+        viewer = VertebraMotion(register(fixed, moving, labels, method="rigid", prealign="header", spacing_mm=2.0))
+    viewer.box  # noqa: B018  as a notebook would ask for it
+    slider, seconds = viewer.editing.controls[6].widget, []
+    for n in range(count):
+        began = time.perf_counter()
+        slider.value = 0.5 * (n % 20 + 1)
+        seconds.append(time.perf_counter() - began)
+    return f"{1000 * np.median(seconds):.0f} ms median, {1000 * np.quantile(seconds, 0.9):.0f} ms at 90 %"
 
 
 CELL = f"""import sys
@@ -131,6 +162,7 @@ LONG = f"""import json, psutil
 import matplotlib.pyplot as plt
 import spinereg
 from spinereg.interactive.monitor import TrainingMonitor
+from spinereg.interactive.motion import VertebraMotion
 files = [f"{SAMPLES}/test/easy_0/{{name}}.nii.gz" for name in ("mr_t1", "ct", "ct_mask")]
 monitor, seen, figures = TrainingMonitor(), [], []
 
@@ -158,6 +190,6 @@ def long():
 
 
 if __name__ == "__main__":
-    for name, measure in {"slices": slices, "browser": in_browser, "monitor": monitor, "long": long}.items():
+    for name, measure in {"slices": slices, "motion": motion, "browser": in_browser, "monitor": monitor, "long": long}.items():
         if name in (sys.argv[1:] or [name]):
             print(name, measure.__doc__, measure(), sep="\n  ")
