@@ -220,7 +220,7 @@ def zoom_view(
     step_mm = (about_mm - middle_mm(stack.grid, view)) * (1 - view.zoom / zoom)
     return replace(move_middle(stack, view, step_mm), zoom=zoom) if zoom > 1 else replace(view, zoom=1.0, middle=None)
 
-# %% ../../nbs/74_interactive.controls.ipynb #d3d5c973
+# %% ../../nbs/74_interactive.controls.ipynb #a36d18eb
 KEYS = {
     "wheel, up, down, page up, page down": "slice",
     "left, right": "fade",
@@ -234,6 +234,8 @@ KEYS = {
     "c": "crosshair",
     "?": "these keys",
 }
+
+# %% ../../nbs/74_interactive.controls.ipynb #180ee29c
 STEPS = {"ArrowUp": 1, "ArrowDown": -1, "PageUp": 10, "PageDown": -10}
 
 

@@ -162,8 +162,7 @@ class MonitorViewer(Viewer):
 
     def reset(self) -> None:
         "Be ready for a run."
-        self.log, self.requests, self.changes = new_log(), Requests(), []
-        self.live, self.handle, self.done = None, None, 0.0
+        self.log, self.requests, self.changes, self.live, self.handle, self.done = new_log(), Requests(), [], None, None, 0.0
         self.__dict__.pop("box", None)
 
     def png(self) -> bytes:
@@ -184,9 +183,8 @@ class MonitorViewer(Viewer):
 
     def lay_out(self) -> None:
         "Make another picture where what is known has no place in this one."
-        known = known_curves(self.log)
-        if self.live is None or not self.live.fits(self.overview, known):
-            self.live = MonitorPicture(self.overview, known)
+        if self.live is None or not self.live.fits(self.overview, known_curves(self.log)):
+            self.live = MonitorPicture(self.overview, known_curves(self.log))
             self.live.show_slices(self.overview)
 
     def look(self, step: Step) -> None:

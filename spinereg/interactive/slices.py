@@ -7,7 +7,7 @@ __all__ = ['CT_WINDOWS_HU', 'ORANGE', 'BLUE', 'JACOBIAN_COLOURS', 'SHOW', 'LINES
            'jacobian_colours', 'in_plane', 'grid_lines', 'arrows', 'View', 'showable', 'check_view', 'auto_window',
            'usual_outlines', 'first_view', 'describe_vertebra', 'place_words', 'describe_point', 'slice_colours',
            'Panel', 'make_panel', 'turn_outlines', 'middle_mm', 'limits_mm', 'turn_panel', 'draw_strip', 'draw_scale',
-           'plan_axes', 'place_under', 'voxel_of', 'darken', 'SlicePicture']
+           'plan_axes', 'place_under', 'voxel_of', 'SlicePicture']
 
 # %% ../../nbs/72_interactive.slices.ipynb #a98eef82
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,9 +28,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from torch import Tensor
 
-from .live import LivePicture, few_colours
+from .live import LivePicture, darken
 from .stack import Stack, label_centre, vertebrae_at
-from ..measure.pictures import AXIAL, CORONAL, SAGITTAL, Picture, Plane, Sliceable, cut, find_outlines, show_slice, vertebra_colours
+from ..measure.pictures import AXIAL, CORONAL, SAGITTAL, Plane, Sliceable, cut, find_outlines, show_slice, vertebra_colours
 from ..registration.report import marked
 from ..space.geometry import Grid, transform_points
 
@@ -423,21 +423,7 @@ def voxel_of(
     "The voxel that holds a place."
     return tuple(np.clip(place_mm // grid.spacing_mm, 0, np.array(grid.shape) - 1).astype(int).tolist())
 
-# %% ../../nbs/72_interactive.slices.ipynb #6ae6a16f
-def darken(
-    figure: Picture,
-) -> None:
-    "White on black in place of black on white, for all that lies beside the images."
-    figure.set_facecolor("#181818")
-    for ax in figure.axes:
-        ax.set_facecolor("#181818")
-        ax.tick_params(colors="0.9")
-        for text in (ax.title, ax.xaxis.label, ax.yaxis.label):
-            text.set_color("0.9")
-        for spine in ax.spines.values():
-            spine.set_color("0.6")
-
-
+# %% ../../nbs/72_interactive.slices.ipynb #a16a9406
 class SlicePicture(LivePicture):
     "Planes through one voxel of a stack."
 
@@ -481,15 +467,11 @@ class SlicePicture(LivePicture):
             turn_panel(panel, self.stack, view)
         self.words.set_text(self.describe(view))
 
-    def _repr_png_(self) -> bytes:
-        return few_colours(super()._repr_png_())
-
     def place_at(
         self,
         x: float,  # pixels from the left
         y: float,  # pixels from the top
     ) -> tuple[Plane, Float[np.ndarray, "3"]] | None:  # the plane there and the place, mm from the grid's lower corner; None beside the slices
         "What lies under a pixel."
-        pixel = x, self.bbox.height - y
-        found = [(panel.plane, place_under(panel, pixel, self.stack.grid, self.view.at)) for panel in self.panels]
+        found = [(panel.plane, place_under(panel, (x, self.bbox.height - y), self.stack.grid, self.view.at)) for panel in self.panels]
         return next((each for each in found if each[1] is not None), None)
