@@ -11,18 +11,16 @@ from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
 import spinereg
-from spinereg.interactive.motion import (
+from spinereg.interactive.motion import Edit, VertebraMotion, place
+from spinereg.interactive.spine import (
     Bone,
-    Edit,
     Placed,
-    VertebraMotion,
     body_centre_mm,
     cut_bone,
     disc_height_mm,
     make_spine,
     motion_by_hand,
     own_motion,
-    place,
     spine_of,
 )
 from spinereg.space.geometry import Grid
