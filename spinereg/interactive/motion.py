@@ -334,8 +334,9 @@ class LiveMotion(SliceViewer):
 
     def middle(self, name: str) -> tuple[int, int, int]:  # voxel
         "The middle of a vertebra's body where it is now, or the nearest voxel of the picture."
-        number, grid = self.placed.spine.names.index(check_edit(self.placed.spine.names, Edit(name)).name), self.stack.grid
-        index = np.linalg.solve(grid.affine, [*self.placed.spine.seen(self.placed.poses)[0][number], 1])[:3]
+        names, grid = self.placed.spine.names, self.stack.grid
+        check_edit(names, Edit(name))
+        index = np.linalg.solve(grid.affine, [*self.placed.spine.seen(self.placed.poses)[0][names.index(name)], 1])[:3]
         return tuple(np.clip(index.round(), 0, np.array(grid.shape) - 1).astype(int).tolist())
 
     def picture(self, **look) -> MotionPicture:
