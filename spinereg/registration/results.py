@@ -26,6 +26,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+# %% ../../nbs/46_registration.results.ipynb #46imp001
 from ..files.manifest import check_room, write_result
 from ..files.nifti import write_image
 from ..files.pairs import Pair
