@@ -107,32 +107,39 @@ def subtitle(stem: str) -> str:
 
 
 def floor_page(floor: str) -> str:  # "0_space"
-    "What a floor is for, its notebooks, and all that its modules define."
+    "What a floor is for, its notebooks, and the reference of its modules."
     number, name = floor.split("_")
     stems = FLOORS[floor]
     lines = [f"# {number} {name}", inspect.getdoc(import_module(f"spinereg.{name}"))]
     lines += ["```{toctree}", ":hidden:", *(f"../{stem}" for stem in stems), "```"]
     lines += ["| notebook | subject |", "|---|---|", *(f"| [{stem.split('_', 1)[1]}](../{stem}.ipynb) | {subtitle(stem)} |" for stem in stems), ""]
-    modules = {path.stem: lesson(path.stem, stems) for path in (ROOT / "spinereg" / name).glob("[!_]*.py")}
-    for module, stem in sorted(modules.items(), key=lambda found: found[1]):
-        lines += [f"## Reference: {module}", f"[The notebook](../{stem}.ipynb) explains and checks it.", ""]
-        lines += ["```{eval-rst}", f".. automodule:: spinereg.{name}.{module}", "```", ""]
-    return "\n".join(lines)
+    modules = ", ".join(f"[{module}](api/{name}.{module}.md)" for module in lessons(floor))
+    return "\n".join([*lines, f"Reference: {modules}"])
 
 
-def lesson(module: str, stems: list[str]) -> str:
-    "The notebook that defines a module, or that says it tells of one that is written by hand."
-    return next(stem for stem in stems if stem.endswith(f".{module}") or f"{module}.py" in (HERE / f"{stem}.ipynb").read_text("utf-8"))
+def lessons(floor: str) -> dict[str, str]:  # "0_space"
+    "Each module of a floor, with the notebook that defines it, or that says it tells of one that is written by hand; in the order of these."
+    found = {}
+    for path in (ROOT / "spinereg" / floor.split("_")[1]).glob("[!_]*.py"):
+        named = (stem for stem in FLOORS[floor] if stem.endswith(f".{path.stem}") or path.name in (HERE / f"{stem}.ipynb").read_text("utf-8"))
+        found[path.stem] = next(named)
+    return dict(sorted(found.items(), key=lambda pair: pair[1]))
+
+
+def module_page(name: str, module: str, stem: str) -> str:  # "space", "geometry", "00_space.geometry"
+    "All that a module defines."
+    lines = [f"# {name}.{module}", f"[The notebook](../../{stem}.ipynb) explains and checks it."]
+    return "\n".join([*lines, "```{eval-rst}", f".. automodule:: spinereg.{name}.{module}", "```"])
 
 
 def public_page() -> str:
-    "The names of `spinereg` itself, each with its first line and a link to where it is told."
-    lines = ["# API", "What most people call is in `spinereg` itself. The reference of all else is on the page of its floor.", ""]
-    lines += ["| name | what it is |", "|---|---|"]
+    "The names of `spinereg` itself, each with its first line and a link to where it is told, and the pages of all modules."
+    lines = ["# API", "What most people call is in `spinereg` itself:", "", "| name | what it is |", "|---|---|"]
     for name, module in spinereg.PUBLIC.items():
         said = inspect.getdoc(getattr(import_module(f"spinereg.{module}"), name)).splitlines()[0]
         lines.append(f"| {{py:obj}}`{name} <spinereg.{module}.{name}>` | {said} |")
-    return "\n".join(lines)
+    lines += ["", "All else is in the modules of its floors:", "", "```{toctree}", ":maxdepth: 1", ""]
+    return "\n".join([*lines, *(f"api/{floor.split('_')[1]}.{module}" for floor in FLOORS for module in lessons(floor)), "```"])
 
 
 def repository_page(name: str) -> str:
@@ -145,10 +152,13 @@ def write_pages(app, config):
     "Write the pages that are made of something else."
     pages = {floor: floor_page(floor) for floor in FLOORS} | {"api": public_page()}
     pages |= {name.lower(): repository_page(f"{name}.md") for name in ("README", "CHANGELOG", "CONTRIBUTING")}
+    for floor in FLOORS:
+        name = floor.split("_")[1]
+        pages |= {f"api/{name}.{module}": module_page(name, module, stem) for module, stem in lessons(floor).items()}
     folder = Path(app.srcdir) / "pages"
-    folder.mkdir(exist_ok=True)
-    for path in folder.glob("*.md"):
-        if path.stem not in pages:
+    (folder / "api").mkdir(parents=True, exist_ok=True)
+    for path in folder.rglob("*.md"):
+        if path.relative_to(folder).with_suffix("").as_posix() not in pages:
             path.unlink()
     for name, text in pages.items():
         path = folder / f"{name}.md"

@@ -13,7 +13,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from ..files.problems import shown
-from .pictures import AXIAL, CORONAL, SAGITTAL, Outline, Overview, Plane, cut, find_outlines, middle_of, vertebra_colours
+from spinereg.measure.pictures import (
+    AXIAL, CORONAL, SAGITTAL, Outline, Overview, Plane, brighten, cut, find_outlines, middle_of, vertebra_colours,
+)
 
 # %% ../../nbs/35_measure.planes.ipynb #61880015
 ROWS = (SAGITTAL, CORONAL, AXIAL)
@@ -42,13 +44,10 @@ def box_size(view: Overview) -> tuple[int, int]:  # pixels across and up
 
 # %% ../../nbs/35_measure.planes.ipynb #0d32d238
 def grey(
-    *slices: np.ndarray,  # (up, across) of one image, rows upwards
-) -> list[np.ndarray]:  # (up, across, 3) bytes each
-    "Slices in greys, all in the same window."
-    values = np.concatenate([each[np.isfinite(each)] for each in slices])
-    low, high = np.percentile(values, (0.5, 99.5)) if len(values) else (0.0, 1.0)
-    scaled = [np.nan_to_num((each - low) / max(high - low, 1e-9)).clip(0, 1) for each in slices]
-    return [np.repeat((255 * each)[..., None], 3, -1).astype(np.uint8) for each in scaled]
+    values: np.ndarray,  # (up, across) from 0, black, to 1, white, rows upwards
+) -> np.ndarray:  # (up, across, 3) bytes
+    "A slice of an image in greys."
+    return np.repeat((255 * values.clip(0, 1))[..., None], 3, -1).astype(np.uint8)
 
 
 def heat(
@@ -108,12 +107,12 @@ def draw_tile(
 # %% ../../nbs/35_measure.planes.ipynb #6af688cf
 def draw_planes(view: Overview) -> Image.Image:  # rows as ROWS, columns as COLUMNS, in boxes of one size
     "Three planes of the fixed image, of the moving one before and after, and of det J, with outlines."
-    (width, height), centre = box_size(view), middle_of(view)
+    view, (width, height), centre = brighten(view), box_size(view), middle_of(view)
     sheet = Image.new("RGB", (len(COLUMNS) * width, len(ROWS) * height))
     for row, plane in enumerate(ROWS):
         at = centre[plane.axis]
         fixed, before, moved, det = (cut(volume, plane, at) for volume in (view.fixed, view.before, view.moved, view.jacobian_det))
-        slices = [*grey(fixed), *grey(before, moved), heat(det)]
+        slices = [grey(fixed), grey(before), grey(moved), heat(det)]
         outlined = (view.labels, view.labels_before, view.labels, view.labels)
         across, up = plane_size(view, plane)
         for column, (colours, labels) in enumerate(zip(slices, outlined)):

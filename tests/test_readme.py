@@ -1,0 +1,211 @@
+"""README as a user meets it: its links, its figures of speech, and every block of it pasted, in a checkout whose images are coarse."""
+
+import ast
+import functools
+import inspect
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from nibabel.processing import resample_to_output
+
+import spinereg
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+APPS = sorted((ROOT / "nbs/apps").glob("*.ipynb"))
+CASE = ROOT / "data_samples/test/easy_0"
+VOXEL_MM = 4.0
+
+
+def blocks(kind):
+    "The code of README.md in a language, block by block."
+    return re.findall(rf"(?ms)^```{kind}\n(.*?)^```", README)
+
+
+def commands(block):
+    "The lines of a block that do something, each in one."
+    lines = (line.split("   #")[0].strip() for line in block.replace("\\\n", " ").splitlines())
+    return [line for line in lines if line]
+
+
+def test_links_pictures_and_targets_exist():
+    """E3: every link, picture and make target named in README.md."""
+    text = re.sub(r"(?s)<!--.*?-->", "", README)
+    for link in re.findall(r"\]\(([^)#]+)\)", text):
+        assert link.startswith("http") or (ROOT / link).exists(), link
+    targets = set(re.findall(r"(?m)^([a-z]+):", (ROOT / "Makefile").read_text("utf-8")))
+    assert {"run", "test"} <= set(re.findall(r"(?m)^make (\w+)", text)) <= targets
+
+
+def test_commands_are_found_without_activating_anything():
+    """E3: in a fresh shell only make, python3 and what every system has are there; all else stands with its folder."""
+    for line in sum(map(commands, blocks("sh")), []):
+        assert line.split()[0] in {"make", "mkdir", "python3"} or line.startswith(".venv/bin/"), line
+
+
+def test_python_calls_what_there_is():
+    """E3: every call of the package in it fits the signature of what it calls."""
+    for block in blocks("python"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("spinereg."):
+                function = getattr(spinereg, ast.unparse(node.func).removeprefix("spinereg."))
+                inspect.signature(function).bind(*node.args, **{word.arg: word.value for word in node.keywords})
+
+
+def test_only_parameters_that_an_app_has_are_named():
+    """D6, E3: a parameter in a documented command line is one that an app knows, where the line names the app, that one."""
+    tagged = {}
+    for app in APPS:
+        cells = json.loads(app.read_text("utf-8"))["cells"]
+        tagged[app.stem] = ["".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", [])][0]
+    known = {name: set(re.findall(r"(?m)^(\w+)", text)) for name, text in tagged.items()}
+    for line in (README + (ROOT / "Makefile").read_text("utf-8")).replace("\\\n", " ").splitlines():
+        named = re.search(r"nbs/apps/(\w+)\.ipynb", line)
+        allowed = known[named.group(1)] if named else set().union(*known.values())
+        assert set(re.findall(r"(?:-p |given,)(\w+)[ ,]", line)) - {"name"} <= allowed, line
+
+
+# pasted
+
+
+def coarse(image):
+    "An image of data_samples with large voxels; labels stay labels."
+    order = 0 if "mask" in image.name else 1
+    loaded = nibabel.load(image)
+    less = resample_to_output(loaded, [VOXEL_MM] * 3, order=order)
+    return nibabel.Nifti1Image(np.asarray(less.dataobj).astype(loaded.get_data_dtype()), less.affine)
+
+
+def stranger(folder):
+    "The files of another tool: a displacement image that is nearly zero, and an affine map that is nearly none."
+    image = sitk.ReadImage(str(folder / "mr.nii.gz"))
+    still = sitk.GetArrayFromImage(image)[..., None] * np.zeros(3)
+    field = sitk.GetImageFromArray(still + 0.1, isVector=True)
+    field.CopyInformation(image)
+    sitk.WriteImage(field, str(folder / "1Warp.nii.gz"))
+    affine = sitk.AffineTransform(3)
+    affine.Translate((0.5, 0.0, 0.0))
+    sitk.WriteTransform(affine, str(folder / "0GenericAffine.mat"))
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory):
+    "A checkout after `make run`, but with coarse images, and with the files of a user that README speaks of."
+    if sys.platform == "win32" or not (Path(sys.prefix) / "pyvenv.cfg").exists():
+        pytest.skip("the commands are those of Linux and macOS, for an environment as `make run` makes it")
+    top = tmp_path_factory.mktemp("desk")
+    for name in ("nbs", "spinereg", "settings.ini", "setup.py", "constraints.txt", "Makefile"):
+        (top / name).symlink_to(ROOT / name)
+    (top / ".venv").mkdir()
+    for entry in Path(sys.prefix).iterdir():
+        (top / ".venv" / entry.name).symlink_to(entry) if not entry.name.startswith(".") else None
+    for stamp in (".python", ".run"):
+        (top / ".venv" / stamp).touch()
+    case = top / "data_samples/test/easy_0"
+    case.mkdir(parents=True)
+    shutil.copy(CASE / "landmarks.csv", case)
+    for image in CASE.glob("*.nii.gz"):
+        nibabel.save(coarse(image), case / image.name)
+    for split in ("train", "val", "test"):
+        shutil.copytree(case, top / "data_dir" / split / "case_0")
+    for path in case.iterdir():
+        shutil.copy(path, top / path.name.replace("mr_t1", "mr"))
+    (top / "settings.yaml").write_text("{epochs_similarity: [1, 2], epochs_rigidity: [0]}", "utf-8")
+    stranger(top)
+    return top
+
+
+QUICK = {  # what is too long for a test, and how it is made short
+    "sweep register": "--steps '[2, 2, 2]'",
+    "sweep train": "--similarity mi --crop '[16, 24, 32]' --spacing_mm 4.0",
+    "apps/train": "-p epochs_similarity 1 -p epochs_rigidity 1 -y '{crop: [16, 24, 32], spacing_mm: 4.0}'",
+    "apps/halfreal": "-y '{contrasts: [T1], seeds: [0]}'",
+}
+LEAVES = {  # what is there afterwards
+    "make run ": "out/register/metrics.json",
+    "spinereg register": "out/my_case/transform.h5",
+    "apps/register.ipynb out/executed": "out/executed.ipynb",
+    "spinereg batch": "out/night/report.html",
+    "sweep register": "out/sweep/settings.csv",
+    "sweep train": "out/trainings/report.html",
+    "apps/train": "out/train/weights.safetensors",
+    "apps/halfreal": "out/halfreal/T1_0/ct.nii.gz",
+}
+ELSEWHERE = ("make test", "-m venv", "pip install --constraint constraints.txt --editable", "ruff", "typos", "tests/notebooks.py", "bin/pytest")
+PASTED = [block for block in blocks("sh") if not all(any(word in line for word in ELSEWHERE) for line in commands(block))]
+
+
+def shell(desk):
+    "What a login shell knows that nobody has set up."
+    return {"PATH": "/usr/bin:/bin", "HOME": str(desk), "OMP_NUM_THREADS": "1", "LANG": "C.UTF-8"}
+
+
+@pytest.mark.parametrize("block", PASTED, ids=[" ".join(commands(block)[-1].split()[:3]) for block in PASTED])
+def test_shell_when_pasted(block, desk):
+    """E3: in a shell that knows nothing; what installs and what checks is run by CI itself, see the next test."""
+    for line in commands(block):
+        if any(word in line for word in ELSEWHERE):
+            continue
+        if "jupyter lab" in line:
+            opens_in_jupyterlab(line, desk)
+            continue
+        line += " " + " ".join(more for word, more in QUICK.items() if word in line)
+        done = subprocess.run(["sh", "-c", line], cwd=desk, env=shell(desk), capture_output=True, text=True, timeout=600, check=False)
+        assert done.returncode == 0, line + done.stdout + done.stderr
+        for word, left in LEAVES.items():
+            assert word not in line or (desk / left).is_file(), line + done.stdout + done.stderr
+
+
+def opens_in_jupyterlab(line, desk):
+    "The server begins, and says the address of the notebook."
+    settings = {"ServerApp": {"open_browser": False, "allow_root": True, "port": 0}}
+    (desk / ".jupyter").mkdir()
+    (desk / ".jupyter/jupyter_server_config.json").write_text(json.dumps(settings), "utf-8")
+    server = subprocess.Popen(shlex.split(line), cwd=desk, env=shell(desk), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    try:
+        began, said = time.monotonic(), ""
+        while "/lab/tree/nbs/tutorials/quickstart.ipynb" not in said:
+            assert time.monotonic() - began < 60 and server.poll() is None, said
+            said += server.stdout.readline()
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+        server.stdout.close()
+
+
+def test_without_make_are_the_lines_of_make(desk):
+    """E3: what installs and what checks, line by line as `make` would run it in an environment that is not there yet."""
+    listed = {}
+    for target in ("run", "test"):
+        command = ["make", "--dry-run", target, "VENV=.other"]
+        said = subprocess.run(command, cwd=desk, capture_output=True, text=True, check=True).stdout
+        listed[target] = said.replace("\\\n", " ").replace(".other", ".venv").replace("'", '"')
+    lines = [line for block in blocks("sh") for line in commands(block) if any(word in line for word in ELSEWHERE) and "make" not in line]
+    assert len(lines) == 7
+    for line in lines:
+        words = [word for word in shlex.split(line) if word not in ("python3", "-m", "pip")]
+        assert any(all(word in shown for word in words) for shown in "".join(listed.values()).splitlines()), line
+
+
+def test_python_when_pasted(desk, monkeypatch):
+    """E3: block after block in one session; only the two trainings are cut short."""
+    monkeypatch.chdir(desk)
+    quick = functools.partial(spinereg.fit, epochs_similarity=1, epochs_rigidity=1, crop=(16, 24, 32), spacing_mm=VOXEL_MM)
+    monkeypatch.setattr(spinereg, "fit", quick)
+    session = {}
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), session)
+    assert session["moved"].GetSize() == sitk.ReadImage(str(desk / "mr.nii.gz")).GetSize()
+    assert Path("out/rigid/transform.h5").is_file() and Path("out/measured/metrics.json").is_file()
