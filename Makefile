@@ -60,14 +60,14 @@ $(VENV)/.test: $(VENV)/.python settings.ini setup.py constraints.txt
 
 $(VENV)/.docs: $(VENV)/.python settings.ini setup.py constraints.txt
 	@echo "Installing spinereg and what its site needs into $(VENV): some minutes the first time, nothing after that"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIN) --editable ".[docs]"
+	@$(BIN)/python -c "$$PROGRESS" -m pip install --progress-bar off --disable-pip-version-check $(PIN) --editable ".[docs]"
 	@touch $(VENV)/.run $@
 
 define TABLE
 import json, pandas, pathlib, sys
 out = pathlib.Path(sys.argv[1])
 table = pandas.read_csv(out / "vertebrae.csv")
-wanted = ["vertebra", "distance_mm", "angle_deg", "relative_angle_deg", "residual_rms_mm", "volume_change_percent", "dice", "cut"]
+wanted = ["vertebra", "aligned_distance_mm", "aligned_angle_deg", "relative_angle_deg", "residual_rms_mm", "volume_change_percent", "dice", "cut"]
 if len(table):
     print(table[[name for name in wanted if name in table]].round(2).to_string(index=False))
 print("\n" + json.loads((out / "metrics.json").read_text())["summary"])

@@ -2,6 +2,7 @@
 
 __version__ = "0.1.1"
 
+from contextlib import suppress
 from importlib import import_module
 from inspect import isfunction
 
@@ -48,7 +49,8 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module 'spinereg' has no attribute {name!r}; it has {', '.join(__all__)}")
     value = globals()[name] = getattr(import_module(f"{__name__}.{PUBLIC[name]}"), name)
     if isfunction(value):
-        value.__doc__ = import_module(f"{__name__}.apps.help").explain(value)
+        with suppress(OSError):  # comments are read from the source, which need not be installed
+            value.__doc__ = import_module(f"{__name__}.apps.help").explain(value)
     return value
 
 

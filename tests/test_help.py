@@ -20,6 +20,7 @@ def test_help_tells_every_parameter(name):
     for parameter in inspect.signature(function).parameters.values():
         assert said.get(parameter.name), f"{name}({parameter.name}) has no comment"
         assert f"\n{parameter.name} : " in function.__doc__ and said[parameter.name] in function.__doc__
+    assert said["return"] or function.__annotations__["return"] is None, f"{name}: no comment on what it returns"
     assert not any(line.rstrip() != line for line in function.__doc__.splitlines() if line.strip())
 
 

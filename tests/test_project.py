@@ -1,7 +1,6 @@
 """The project as a whole: what lies where, notebooks and modules in step, what an installed package holds and needs."""
 
 import ast
-import inspect
 import json
 import os
 import re
@@ -412,67 +411,7 @@ def test_every_extra_that_is_offered_can_be_installed(metadata):
         assert needs == {str(need) for need in requirements(f"{extra}_requirements")}
 
 
-# the README and its two commands
-
-
-def test_readme_points_at_files_that_exist_and_commands_that_are_there():
-    """E3: every link, picture and make target named in README.md exists; its Python compiles."""
-    text = re.sub(r"(?s)<!--.*?-->", "", (ROOT / "README.md").read_text("utf-8"))
-    for link in re.findall(r"\]\(([^)#]+)\)", text):
-        assert link.startswith("http") or (ROOT / link).exists(), link
-    targets = set(re.findall(r"(?m)^([a-z]+):", (ROOT / "Makefile").read_text("utf-8")))
-    assert {"run", "test"} <= set(re.findall(r"(?m)^make (\w+)", text)) <= targets
-    for block in re.findall(r"```python\n(.*?)```", text, re.S):
-        compile(block, "README.md", "exec")
-
-
-def blocks(kind):
-    "The code of README.md in a language, block by block."
-    return re.findall(rf"(?ms)^```{kind}\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"))
-
-
-def test_commands_of_readme_are_found_without_activating_anything():
-    """E3: in a fresh shell only make, python3 and what every system has are there; all else stands with its folder."""
-    system = {"make", "mkdir", "python3"}
-    for block in blocks("sh"):
-        for line in block.replace("\\\n", " ").splitlines():
-            command = line.split("#")[0].split()
-            assert not command or command[0] in system or command[0].startswith(".venv/bin/"), line
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="the commands are those of Linux and macOS")
-@pytest.mark.parametrize("wanted", ["spinereg register", "papermill nbs/apps/register", "spinereg batch register", "spinereg sweep register"])
-def test_commands_of_readme_run_when_pasted(wanted, tmp_path):
-    """E3: on data_samples, in a shell that knows nothing, with the least of steps and large voxels."""
-    block = next(block for block in blocks("sh") if f".venv/bin/{wanted}" in block)
-    (line,) = [line for line in block.replace("\\\n", " ").splitlines() if wanted in line]
-    quick = "-p spacing_mm 4.0 -p method rigid -p prealign header" if "papermill" in wanted else "--spacing_mm 4.0 --method rigid --prealign header"
-    line = re.sub(r"--(spacing_mm|method) \S+", "", line).replace(" out/", f" {tmp_path}/") + f" {quick}"
-    line = line.replace(".venv/bin/", f"{Path(sys.executable).parent}/") + (" --jobs 1" if "--cases" in line else "")
-    bare = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(["sh", "-c", line], cwd=ROOT, env=bare, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert list(tmp_path.rglob("metrics.json")) and list(tmp_path.rglob("*.ipynb"))
-
-
-def test_python_of_readme_calls_what_there_is():
-    """E3: every call of the package in it fits the signature of what it calls."""
-    for block in blocks("python"):
-        for node in ast.walk(ast.parse(block)):
-            if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("spinereg."):
-                function = getattr(spinereg, ast.unparse(node.func).removeprefix("spinereg."))
-                inspect.signature(function).bind(*node.args, **{word.arg: word.value for word in node.keywords})
-
-
-def test_readme_and_makefile_name_only_parameters_that_an_app_has():
-    """D6, E3: a parameter in a documented command line is one that an app knows, where the line names the app, that one."""
-    tagged = {app.stem: [source(cell) for cell in cells(app) if "parameters" in cell["metadata"].get("tags", [])][0] for app in APPS}
-    known = {name: set(re.findall(r"(?m)^(\w+)", text)) for name, text in tagged.items()}
-    text = ((ROOT / "README.md").read_text("utf-8") + (ROOT / "Makefile").read_text("utf-8")).replace("\\\n", " ")
-    for line in text.splitlines():
-        named = re.search(r"nbs/apps/(\w+)\.ipynb", line)
-        allowed = known[named.group(1)] if named else set().union(*known.values())
-        assert set(re.findall(r"(?:-p |given,)(\w+)[ ,]", line)) - {"name"} <= allowed, line
+# make
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")

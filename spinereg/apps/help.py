@@ -29,7 +29,7 @@ EXAMPLES = {
 spinereg.SliceViewer(result)""",
     "load": """result = spinereg.load("out/case")
 result.overview()""",
-    "apply": """spinereg.apply("out/case", "another_ct.nii.gz", "out/moved.nii.gz")""",
+    "apply": """spinereg.apply("out/case", "another_ct.nii.gz", "out/moved.nii.gz", onto="mr.nii.gz")""",
     "check": """spinereg.check("data_dir")""",
     "fit": """fitted = spinereg.fit("data_dir", "out/training", on_step=spinereg.TrainingMonitor())
 spinereg.register("mr.nii.gz", "ct.nii.gz", "ct_mask.nii.gz", method="network", weights=fitted.weights)""",

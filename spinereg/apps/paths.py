@@ -80,9 +80,9 @@ def given_parameters(
 
 # %% ../../nbs/90_apps.paths.ipynb #8d464a3c
 def checkout_folder() -> Path | None:  # None outside of one
-    "The top of the checkout of spinereg that the current folder lies in: it holds `data_samples`."
+    "The top of the checkout of spinereg that the current folder lies in: it holds `nbs/apps` and `data_samples`."
     here = Path.cwd()
-    return next((top for top in (here, *here.parents) if (top / "data_samples").is_dir()), None)
+    return next((top for top in (here, *here.parents) if (top / "nbs/apps").is_dir() and (top / "data_samples").is_dir()), None)
 
 
 def sample_folder() -> Path:  # from the current folder

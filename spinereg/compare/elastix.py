@@ -382,7 +382,7 @@ def register_elastix(
     weight_rigidity: float = 0.5,  # rigidity penalty of bone; 0 leaves it out
     penalty: str = "conditions",  # of bone: "conditions" (OC and PC, Staring et al., Med. Phys. 2007) or "distances" (Kim et al., Med. Phys. 2013)
     timeout_s: float = 3600.0,  # for elastix
-) -> Registration:
+) -> Registration:  # map, moved image and figures, as `register` returns them
     "Register a moving to a fixed image by elastix with a rigidity penalty on bone: the baselines."
     given = ElastixSettings(
         fixed=fixed, moving=moving, moving_labels=moving_labels, fixed_labels=fixed_labels, landmarks=landmarks, out_dir=out_dir,

@@ -35,7 +35,7 @@ def evaluate_transform(
     fixed_scheme: str | Mapping[int, str | None] = "verse",  # whose numbers the fixed labels are
     keep_doubtful: bool = False,  # whether a vertebra whose label is no whole bone is measured all the same, and not left out
     spacing_mm: float = 1.0,  # voxel size of the grid on which it is looked at
-) -> Registration:
+) -> Registration:  # map, moved image and figures, as `register` returns them
     "Measure what any map does to a pair."
     given = Inputs(
         fixed=fixed, moving=moving, moving_labels=moving_labels, fixed_labels=fixed_labels, landmarks=landmarks, out_dir=out_dir,

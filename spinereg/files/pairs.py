@@ -226,7 +226,7 @@ def read_pair(
     moving_scheme: str | Mapping = "verse",  # whose numbers the moving labels are
     fixed_scheme: str | Mapping = "verse",  # whose numbers the fixed labels are
     keep_doubtful: bool = False,  # whether moving vertebrae whose label is no whole bone are taken all the same
-) -> Pair:
+) -> Pair:  # images, labels and landmarks, checked against each other; axes run to the right, to the front and up
     "Read and check all files of a pair; one error lists everything that is wrong."
     where = "Give the path of a NIfTI file, an image of nibabel or SimpleITK, or (array, affine)."
     errors = [InputFile(name, "None").error("no image was given", where) for name, given in (("fixed", fixed), ("moving", moving)) if given is None]

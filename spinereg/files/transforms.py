@@ -269,7 +269,7 @@ def read_bones(
 # %% ../../nbs/15_files.transforms.ipynb #f95f9005
 def read_transform(
     path: str | Path,  # transform.h5, or the folder that holds it
-) -> SpineTransform:
+) -> SpineTransform:  # fixed -> moving and back
     "Read a transform written by `write_transform`; one in a result folder is compared with its manifest."
     file = InputFile("transform", path)
     path = file.path / "transform.h5" if file.path.is_dir() else file.path

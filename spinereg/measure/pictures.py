@@ -228,7 +228,7 @@ def middle_of(
     return i, j, k
 
 # %% ../../nbs/32_measure.pictures.ipynb #ca3b7906
-NEAR_MM = 10.0
+NEAR_MM = 5.0
 
 
 def brighten(view: Overview) -> Overview:
@@ -239,7 +239,7 @@ def brighten(view: Overview) -> Overview:
         near = torch.from_numpy(maximum_filter((view.labels > 0).numpy(force=True), reach)).to(near.device)
 
     def scaled(image, by):
-        low, high = np.percentile(by.nan_to_num()[near].numpy(force=True), (0.5, 99))
+        low, high = np.percentile(by.nan_to_num()[near].numpy(force=True), (0.5, 97))
         return ((image.nan_to_num() - low) / max(high - low, 1e-9)).clamp(0, 1)
 
     return view._replace(fixed=scaled(view.fixed, view.fixed), before=scaled(view.before, view.moved), moved=scaled(view.moved, view.moved))

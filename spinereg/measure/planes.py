@@ -13,9 +13,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from ..files.problems import shown
-from spinereg.measure.pictures import (
-    AXIAL, CORONAL, SAGITTAL, Outline, Overview, Plane, brighten, cut, find_outlines, middle_of, vertebra_colours,
-)
+from .pictures import AXIAL, CORONAL, SAGITTAL, Outline, Overview, Plane, brighten, cut, find_outlines, middle_of, vertebra_colours
 
 # %% ../../nbs/35_measure.planes.ipynb #61880015
 ROWS = (SAGITTAL, CORONAL, AXIAL)

@@ -294,7 +294,7 @@ def say_vertebrae(metrics: Metrics) -> list[str]:
         span, moved, turned = f"{table.index[0]} to {table.index[-1]}", table.aligned_distance_mm, table.aligned_angle_deg
         there = "against the rigid pre-alignment (the offset of the headers is not in it)"
         if np.allclose(metrics.prealign.rigid, np.eye(4)):
-            there = "from where the headers put them (there is no pre-alignment)"
+            there = "from where the headers put them (the rigid pre-alignment moves nothing)"
         far = f"{moved.min():.1f} to {moved.max():.1f} mm and up to {turned.max():.1f} degrees"
         words.append(f"{len(table)} vertebrae ({span}) moved by {far} {there}.")
     if len(table) > 1:

@@ -229,9 +229,9 @@ def compare_labels(
 
 # %% ../../nbs/46_registration.results.ipynb #a1d46001
 def cut_in(
-    moving: Labels,
-    fixed: Labels,
-) -> set[str]:
+    moving: Labels,  # as they are given, not moved
+    fixed: Labels,  # likewise
+) -> set[str]:  # names
     "The vertebrae that reach the border of one of two label maps."
     return {name for own in (moving, fixed) for name, cut in zip(own.names, touches_border(own.data, len(own.names))) if cut}
 
@@ -239,8 +239,8 @@ def cut_in(
 def dice_gain(
     names: Sequence[str],  # vertebrae
     start: Compared,  # by the headers
-    prealigned: Compared,
-    now: Compared,
+    prealigned: Compared,  # by the rigid start
+    now: Compared,  # by the whole map
 ) -> DiceGain | None:  # None where there are none
     "Mean Dice of some vertebrae at the start and now; one that is in neither label map agrees on nothing."
     means = (float(way.rows.dice.reindex(names, fill_value=0.0).mean()) for way in (start, prealigned, now))
@@ -361,9 +361,9 @@ def measure_all(
 
 # %% ../../nbs/46_registration.results.ipynb #46pg0001
 def page(
-    summary: str,
-    table: pd.DataFrame,
-    picture: Picture,
+    summary: str,  # lines of text
+    table: pd.DataFrame,  # a row per vertebra
+    picture: Picture,  # of the whole
 ) -> str:  # HTML
     "What a notebook shows of a result: what is said of it, the picture, and a row per vertebra."
     png = base64.b64encode(picture._repr_png_()).decode()

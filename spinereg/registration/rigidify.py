@@ -192,7 +192,7 @@ def rigidify(
     keep_doubtful: bool = False,  # whether a vertebra whose label is no whole bone is made rigid all the same, and not left out
     spacing_mm: float = 1.0,  # voxel size at which another tool's map is looked at
     out_dir: str | Path | None = None,  # folder of transform.h5, inverse.h5, bones.safetensors and vertebrae/*.tfm; None writes none
-) -> SpineTransform:
+) -> SpineTransform:  # fixed -> moving and back, rigid in every vertebra
     "Make any deformation exactly rigid in every vertebra, and keep it elsewhere."
     refuse("rigidify", [in_range("spacing_mm", spacing_mm, 0.2, 5)])
     if out_dir is not None:
