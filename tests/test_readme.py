@@ -175,13 +175,14 @@ def test_shell_when_pasted(block, desk):
 
 def opens_in_jupyterlab(line, desk):
     "The server begins, and the page that it opens in a browser leads to the notebook."
-    settings = {"ServerApp": {"open_browser": False, "allow_root": True, "port": 0}}
+    settings = {"ServerApp": {"allow_root": True, "port": 0}}
     (desk / ".jupyter").mkdir()
     (desk / ".jupyter/jupyter_server_config.json").write_text(json.dumps(settings), "utf-8")
     heard = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    server = subprocess.Popen(shlex.split(line), cwd=desk, env=shell(desk), start_new_session=True, **heard)
+    environment = shell(desk) | {"BROWSER": "echo opened %s"}
+    server = subprocess.Popen(shlex.split(line), cwd=desk, env=environment, start_new_session=True, **heard)
     try:
-        page = next(word for said in server.stdout for word in said.split() if word.startswith("file:"))
+        page = next(said.split()[1] for said in server.stdout if said.startswith("opened "))
         assert "/lab/tree/nbs/tutorials/quickstart.ipynb" in Path(url2pathname(urlsplit(page).path)).read_text("utf-8")
     finally:
         os.killpg(server.pid, signal.SIGKILL)
