@@ -175,11 +175,10 @@ class View3D(Viewer):
 
     def picture(self) -> Picture:
         "What stays in the notebook."
-        if self.labels is None:
-            layer = self.stack.images[self.image]
-            return draw_middle(layer.whole, layer.grid, self.image)
-        layer = self.stack.labels[self.labels]
-        return draw_bones(layer.whole, layer.grid, self.names, f"{self.labels} labels")
+        layer = self.stack.labels[self.labels] if self.labels else self.stack.images[self.image]
+        if self.labels:
+            return draw_bones(layer.whole, layer.grid, self.names, f"{self.labels} labels")
+        return draw_middle(layer.whole, layer.grid, self.image)
 
     def png(self) -> bytes:
         "The picture as it is in the notebook."
@@ -188,8 +187,7 @@ class View3D(Viewer):
     @cached_property
     def box(self) -> Widget:
         "The viewer, under what there is to say about it and menus of what it shows."
-        menus = self.menu("image", [*self.stack.images]), self.menu("labels", [*self.stack.labels, None])
-        self.place = VBox()
+        self.place, menus = VBox(), [self.menu("image", [*self.stack.images]), self.menu("labels", [*self.stack.labels, None])]
         self.fill()
         return VBox([HTML(escape(choose_viewer(self.engine)[1])), HBox(menus), self.place])
 
