@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -179,6 +180,8 @@ def test_names_are_text_in_pages_that_a_browser_opens(checked, evaluated, lab):
 LIVE = (
     f"NAMES = {NAMES!r}\nimport sys; sys.path.insert(0, {str(ROOT / 'tests')!r})",
     """
+from dataclasses import replace
+
 import pandas as pd
 from test_monitor import step_of
 from test_viewers import make_stack
@@ -187,7 +190,7 @@ from spinereg.interactive.monitor import TrainingMonitor
 from spinereg.interactive.view3d import niivue_widget
 from spinereg.interactive.viewers import SliceViewer
 
-stack = make_stack()._replace(names=NAMES[:3])
+stack = replace(make_stack(), names=NAMES[:3])
 stack.labels["moving"].whole.mul_(2)
 """,
     "SliceViewer(stack, show='fixed')",
@@ -231,7 +234,7 @@ def test_a_picture_shows_a_name_as_it_is(name):
 @pytest.mark.parametrize("name", FORMULAS[:4])
 def test_the_pictures_of_the_package_show_a_name_as_it_is(name):
     """F-hostile: names of vertebrae, titles, and the case that a monitor looks at."""
-    stack, overview = make_stack()._replace(names=(name,)), view()._replace(names=(name, name))
+    stack, overview = replace(make_stack(), names=(name,)), view()._replace(names=(name, name))
     SlicePicture(stack, first_view(stack, outlined=("moving",))).png()
     draw_overview(overview, name)._repr_png_()
     draw_bones(stack.labels["moving"].whole, stack.grid, (name,), name)._repr_png_()
@@ -256,7 +259,7 @@ def test_a_formula_is_no_wider_than_its_letters():
 
 def test_words_and_legends_of_viewers_are_escaped():
     """F-hostile: without a browser."""
-    stack = make_stack()._replace(names=MARKUP[:1])
+    stack = replace(make_stack(), names=MARKUP[:1])
     viewer = SliceViewer(stack)
     viewer.jump(MARKUP[0])
     legend = niivue_widget(stack.images["fixed"], stack.labels["moving"], MARKUP).children[0].value

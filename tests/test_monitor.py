@@ -22,8 +22,8 @@ import spinereg
 from spinereg.interactive.monitor import Budget, TrainingMonitor, time_text
 from spinereg.interactive.steering import Controls, Requests, add_run
 from spinereg.losses.objective import TERMS, Weights
-from spinereg.measure.curves import grow, thin
-from spinereg.measure.pictures import Overview
+from spinereg.measure.curves import grow, known_curves, make_curves, new_log, thin
+from spinereg.measure.pictures import Overview, Picture
 from spinereg.registration.run import Step
 from spinereg.space.geometry import Grid
 
@@ -82,6 +82,16 @@ def test_axes_are_drawn_anew_only_now_and_then():
         values = np.exp(np.linspace(0, n / 25, n + 1))
         changes += limits != (limits := grow(limits, values, True))
     assert changes < 20
+
+
+def test_a_curve_keeps_its_colour_when_another_joins_its_panel():
+    log = new_log()
+    colours = []
+    for told in ({"pc": 1.0}, {"pc": 1.0, "diffusion": 0.1}):
+        log.note(told | {"level_mm": 2.0})
+        [panel] = known_curves(log)
+        colours.append({name: line.get_color() for name, line in make_curves(Picture().subplots(), *panel).lines.items()})
+    assert len(colours[0]) == 1 and len(set(colours[1].values())) == 2 and colours[1]["pc"] == colours[0]["pc"]
 
 
 def test_the_curves_and_the_slices_of_a_run_are_drawn():

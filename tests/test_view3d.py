@@ -6,6 +6,8 @@ import io
 import socket
 import tarfile
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import nbformat
 import nibabel as nib
@@ -189,7 +191,19 @@ def test_view3d_refuses_what_is_not_there_and_does_without_labels():
     for word, value, known in (("image", "moved", "fixed"), ("labels", "fixed", "moved, None"), ("engine", "vtk", "niivue, itkwidgets")):
         with pytest.raises(ValueError, match=f"{word}='{value}': expected one of {known}"):
             view3d(stack, **{word: value})
-    assert view3d(stack).png() != view3d(stack._replace(labels={})).png()
+    assert view3d(stack).png() != view3d(replace(stack, labels={})).png()
+
+
+def test_the_picture_that_stays_is_drawn_again_only_for_another_choice(monkeypatch):
+    """Beside it, without any viewer, the same picture is shown once."""
+    monkeypatch.setattr(module, "choose_viewer", lambda engine: (None, "no viewer"))
+    viewer, stays, drawn = view3d(small_stack()), [], []
+    monkeypatch.setattr(viewer, "png", lambda png=viewer.png: drawn.append(viewer.labels) or png())
+    viewer.handle = SimpleNamespace(update=stays.append)
+    _, menus, _ = viewer.box.children
+    assert drawn == ["moved"] and stays == []
+    menus.children[1].value = None
+    assert viewer.labels is None and len(stays) == 1
 
 
 def test_d2_executed_without_a_person_a_notebook_keeps_the_picture_alone():
@@ -217,7 +231,7 @@ def test_niivue_gets_volumes_with_their_place_names_and_colours():
     pytest.importorskip("ipyniivue")
     grid = tilted_grid()
     labels = (torch.rand(grid.shape) * 3).int()
-    legend, viewer = niivue_widget(Layer(torch.rand(grid.shape), grid), Layer(labels, grid), ("L1", "L2")).children
+    legend, viewer, _ = niivue_widget(Layer(torch.rand(grid.shape), grid), Layer(labels, grid), ("L1", "L2")).children
     image, overlay = (nib.Nifti1Image.from_bytes(volume.data) for volume in viewer.volumes)
     assert np.allclose(image.affine, grid.affine, atol=1e-5) and np.array_equal(overlay.dataobj, labels)
     assert viewer.volumes[1].colormap_label.labels == ["", "L1", "L2"] and "L2" in legend.value

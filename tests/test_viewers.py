@@ -4,6 +4,7 @@ import itertools
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -15,12 +16,15 @@ import pytest
 import torch
 from matplotlib import pyplot
 from PIL import Image
+from scipy.ndimage import map_coordinates
 from scipy.spatial.transform import Rotation
 
 from spinereg.files.pairs import read_pair
+from spinereg.interactive.controls import Control, ControlPanel
 from spinereg.interactive.slices import CT_WINDOWS_HU, SlicePicture, describe_point, describe_vertebra, first_view, showable
-from spinereg.interactive.stack import Layer, Stack, label_centre, layers_on, pair_stack
-from spinereg.interactive.viewers import PLANES, SliceViewer
+from spinereg.interactive.stack import Layer, Stack, label_centre, layers_on, pair_stack, result_stack
+from spinereg.interactive.viewers import PLANES, SliceViewer, save_menu
+from spinereg.registration.register import register
 from spinereg.space.geometry import Grid
 
 ROOT = Path(__file__).parent.parent
@@ -68,7 +72,7 @@ def test_the_letters_tell_the_truth_on_an_oblique_grid(plane):
     middle = (box.x0 + box.x1) / 2, picture.bbox.height - (box.y0 + box.y1) / 2
 
     def world(dx, dy):
-        place_mm = picture.place_at(middle[0] + dx, middle[1] + dy)[1]
+        place_mm = picture.place_at(middle[0] + dx, middle[1] + dy, picture.view)[1]
         return stack.grid.affine[:3] @ [*(place_mm / stack.grid.spacing_mm - 0.5), 1]
 
     shown = {text.get_text(): text.get_position() for text in panel.ax.texts if text.get_text() in way}
@@ -103,11 +107,11 @@ def test_a_pair_is_shown_where_its_headers_put_it(tmp_path):
 def test_a_vertebra_is_said_to_move_against_the_pre_alignment_and_its_neighbour():
     """Not by the headers, which may be 600 mm apart; the lowest has no neighbour below."""
     stack = make_stack()
-    stack = stack._replace(labels=stack.labels | {"moved": stack.labels["moving"]})
+    stack = replace(stack, labels=stack.labels | {"moved": stack.labels["moving"]})
     figures = {"distance_mm": 623.0, "angle_deg": 40.0, "aligned_distance_mm": 2.0, "aligned_angle_deg": 3.0, "residual_rms_mm": 0.0}
     figures |= {"relative_distance_mm": 0.7, "relative_angle_deg": 1.1, "volume_change_percent": 0.0}
     for below, against in (("L2", ", 0.7 mm and 1.1 degrees against L2"), (None, "")):
-        told = stack._replace(vertebrae=pd.DataFrame(figures | {"relative_to": below}, index=["L1"]))
+        told = replace(stack, vertebrae=pd.DataFrame(figures | {"relative_to": below}, index=["L1"]))
         said = describe_vertebra(told, label_centre(told, "L1"))
         assert said.startswith(f"L1: 2.0 mm and 3.0 degrees against the pre-alignment{against}; residual")
 
@@ -117,12 +121,32 @@ def test_folds_are_black_and_kept_volume_is_white():
     det = torch.ones(stack.grid.shape)
     det[:, :, : stack.grid.shape[2] // 2] = -0.2
     still = Layer(torch.zeros(det.shape), stack.grid)
-    stack = stack._replace(jacobian_det=Layer(det, stack.grid), disp=(still,) * 3, images=stack.images | {"moved": stack.images["moving"]})
+    stack = replace(stack, jacobian_det=Layer(det, stack.grid), disp=(still,) * 3, images=stack.images | {"moved": stack.images["moving"]})
     stack.modalities["moved"] = "ct"
     picture = SlicePicture(stack, first_view(stack, show="jacobian", fade=1.0, outlined=(), crosshair=False), PLANES["coronal"], words=False)
     shown, box = pixels(picture.png()), picture.panels[0].ax.bbox
     x, rows = int(box.x0 + 0.3 * box.width), (picture.bbox.height - np.array([box.y0 + 0.25 * box.height, box.y0 + 0.75 * box.height])).astype(int)
     assert shown[rows[0], x].max() == 0 and shown[rows[1], x].min() > 240
+
+
+def test_near_the_border_a_slice_is_moved_as_the_transform_moves_points():
+    """The working grid ends around the bones; beyond it the moved image and the displacement go on, and det J is not known."""
+    files = [ROOT / "data_samples/test/clinical_0" / f"{name}.nii.gz" for name in ("mr_t1", "ct", "ct_mask")]
+    result = register(*files, method="optimise", prealign="header", spacing_mm=4.0, levels=(1,), steps=(10,))
+    stack, moving, front = result_stack(result), result.pair.moving, result.pair.fixed.grid.shape[1] - 12
+    at = np.stack(np.meshgrid(range(0, stack.grid.shape[0], 3), [front], range(0, stack.grid.shape[2], 3), indexing="ij"), -1).reshape(-1, 3)
+    x = torch.from_numpy(at @ stack.grid.affine[:3, :3].T + stack.grid.affine[:3, 3])
+    y = result.transform.points(x).numpy()
+    read = np.linalg.inv(moving.grid.affine)[:3] @ np.vstack([y.T, np.ones(len(y))])
+    inside = ((read >= 0) & (read <= np.array(moving.grid.shape)[:, None] - 1)).all(0)
+    known = map_coordinates(moving.data.numpy().astype(float), read, order=1)[inside]
+    rows, columns = at[inside][:, [0, 2]].T
+    assert inside.sum() > 100 and np.abs(stack.images["moved"].select(1, front).numpy()[rows, columns] - known).max() < 0.1
+    u = np.stack([component.select(1, front).numpy()[at[:, 0], at[:, 2]] for component in stack.disp], -1) @ stack.grid.axes.T
+    assert np.allclose(u, y @ np.linalg.inv(result.transform.rigid)[:3, :3].T + np.linalg.inv(result.transform.rigid)[:3, 3] - x.numpy(), atol=1e-3)
+    assert np.linalg.norm(u, axis=1).max() > 1
+    assert stack.jacobian_det.select(1, front).isnan().all() and "det J not known" in describe_point(stack, tuple(at[len(at) // 2].tolist()))
+    assert stack.jacobian_det.select(1, stack.grid.shape[1] // 2).isfinite().any()
 
 
 @pytest.mark.parametrize("which", [None, "moved", "jacobian", "gone"])
@@ -190,6 +214,52 @@ def test_wheel_click_and_keys(viewer):
     assert viewer.view.at[1] == viewer.stack.grid.shape[1] - 1
 
 
+def mouse(viewer, panel, across, up, kind, **event):
+    "An event at a part of a slice, from its left and from its bottom."
+    picture, box = viewer.live, viewer.live.panels[panel].ax.bbox
+    place = {"dataX": box.x0 + across * box.width, "dataY": picture.bbox.height - (box.y0 + up * box.height)}
+    return {"type": kind, "buttons": int(kind == "mousedown")} | place | event
+
+
+@pytest.mark.parametrize("what", ["drag", "wheel and click", "zoom and click"])
+def test_events_that_come_together_mean_what_they_mean_one_by_one(what):
+    views = []
+    for together in (True, False):
+        viewer = SliceViewer(make_stack(), zoom=2.0)
+        viewer.box  # noqa: B018  as a notebook would ask for it
+        moves = [mouse(viewer, 2, 0.5, 0.5 + 0.08 * n, "mousemove", buttons=1) for n in range(1, 5)]
+        wheel = mouse(viewer, 0, 0.3, 0.6, "wheel", deltaY=-100.0, ctrlKey=what.startswith("zoom"))
+        drag = [mouse(viewer, 2, 0.5, 0.5, "mousedown"), *moves, mouse(viewer, 2, 0.5, 0.82, "mouseup")]
+        events = drag if what == "drag" else [wheel, wheel, mouse(viewer, 0, 0.4, 0.7, "click")]
+        for batch in [events] if together else [[event] for event in events]:
+            viewer.follow(batch)
+        views.append(viewer.view)
+    assert views[0] == views[1] != SliceViewer(make_stack(), zoom=2.0).view
+
+
+def test_keys_move_through_the_plane_that_the_mouse_is_over(viewer):
+    """Also after a button was let go beside the picture; pointing alone draws nothing."""
+    do(viewer, **mouse(viewer, 0, 0.5, 0.5, "mousedown"))
+    before, shown, at = viewer.view, viewer.image.value, viewer.view.at
+    do(viewer, **mouse(viewer, 1, 0.3, 0.3, "mousemove"))
+    assert viewer.view is before and viewer.image.value is shown
+    do(viewer, type="keydown", key="ArrowUp")
+    assert viewer.view.at == (at[0], at[1] + 1, at[2])
+
+
+def test_the_middles_of_all_vertebrae_are_found_once_and_only_where_they_are_asked_for():
+    """The full moving labels, which may have millions of voxels, are left alone where the moved ones say all."""
+
+    class Unasked(Layer):
+        voxels = property(lambda self: pytest.fail("asked"))
+
+    stack = make_stack()
+    layer = stack.labels["moving"]
+    stack = replace(stack, labels={"moved": layer, "moving": Unasked(layer.whole, layer.grid)})
+    assert stack.centres is stack.centres and stack.centres == {"L1": label_centre(stack, "L1")}
+    assert label_centre(stack, "L1") == label_centre(make_stack(), "L1")
+
+
 def test_a_burst_of_events_is_followed_to_its_end(viewer):
     """None is lost, although not every one is drawn."""
     viewer.change(at=(5, 5, 5))
@@ -201,7 +271,7 @@ def test_a_burst_of_events_is_followed_to_its_end(viewer):
 
 def test_planes_can_be_changed_and_the_live_picture_is_the_recorded_one(viewer):
     viewer.change(planes="axial")
-    assert len(viewer.live.panels) == 1
+    assert len(viewer.live.panels) == 1 and viewer.choice.value == "axial"
     live, same = pixels(viewer.image.value), viewer.live
     np.testing.assert_array_equal(live, pixels(same.png()))
     whole = pixels(same._repr_png_())
@@ -210,12 +280,44 @@ def test_planes_can_be_changed_and_the_live_picture_is_the_recorded_one(viewer):
 
 
 def test_a_view_that_cannot_be_shown_is_refused_and_not_kept(viewer):
-    before = viewer.view
-    for wrong in ({"at": (9999, 0, 0)}, {"outlined": ("moved",)}, {"lines": "grid"}, {"windows": {"fixed": (0.0, 1.0)}}):
-        with pytest.raises(ValueError, match="expected"):
-            viewer.change(**wrong)
-    assert viewer.view == before
+    before = viewer.view, viewer.planes, viewer.hand, viewer.image.value
+    numbers = {"zoom": (0.0, 0.5, np.nan), "fade": (5.0, -0.1), "half_range": (0.0, np.inf), "middle": ((1.0, np.nan, 2.0),), "at": ((9999, 0, 0),)}
+    windows = ({"fixed": (0.0, 1.0)}, viewer.view.windows | {"moving": (500.0, 100.0)}, viewer.view.windows | {"moved": (0.0, 1.0)})
+    words = {"outlined": (("moved",),), "lines": ("grid",), "windows": windows, "planes": ("oblique",)}
+    for field, values in (numbers | words).items():
+        for value in values:
+            with pytest.raises(ValueError, match=f"{field}=.*: expected"):
+                viewer.change(**{field: value})
+    viewer.png()
+    assert before == (viewer.view, viewer.planes, viewer.hand, viewer.image.value)
     assert SliceViewer(make_stack(), windows={"fixed": (0.0, 50.0)}).view.windows["moving"] == CT_WINDOWS_HU["spine"]
+
+
+def test_a_hand_is_followed_after_a_view_that_controls_could_not_show(viewer):
+    def read(view):
+        return view.zoom + 1 / (view.zoom - 2)
+
+    told, slider = [], control(viewer, "zoom")
+    panel = ControlPanel([Control(slider, read, lambda view, zoom: zoom)], told.append, viewer.lock)
+    with pytest.raises(ZeroDivisionError):
+        panel.show(replace(viewer.view, zoom=2.0))
+    slider.value = 4.0
+    assert told == [4.0]
+
+
+def test_a_picture_that_cannot_be_saved_is_told_and_can_be_tried_again(monkeypatch, tmp_path):
+    def save(path):
+        if refused:
+            raise refused.pop()
+        return path
+
+    monkeypatch.chdir(tmp_path)
+    refused = [PermissionError("no room")]
+    menu, said = save_menu(save).children
+    menu.value = ".png"
+    assert said.value == "not saved: no room" and menu.value == ""
+    menu.value = ".png"
+    assert said.value == str(tmp_path / "slices_1.png") and menu.value == ""
 
 
 def test_vertebrae_outside_the_grid_are_not_offered(tmp_path):

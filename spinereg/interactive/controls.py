@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OUTLINED', 'KEYS', 'STEPS', 'Control', 'slider_control', 'menu_control', 'place_control', 'vertebra_control',
            'ct_controls', 'mr_control', 'window_controls', 'show_controls', 'ControlPanel', 'step_slice',
-           'step_vertebra', 'move_middle', 'zoom_view', 'press_key', 'Hand', 'apply_event', 'EventQueue']
+           'step_vertebra', 'move_middle', 'zoom_view', 'press_key', 'voxel_of', 'Hand', 'apply_event', 'EventQueue']
 
 # %% ../../nbs/74_interactive.controls.ipynb #f8edb478
 import traceback
@@ -21,9 +21,10 @@ import ipywidgets as widgets
 import numpy as np
 from jaxtyping import Float
 
-from .slices import CT_WINDOWS_HU, LINES, SlicePicture, View, middle_mm, showable, usual_outlines, voxel_of
+from .slices import CT_WINDOWS_HU, LINES, SlicePicture, View, middle_mm, showable, usual_outlines
 from .stack import Stack, label_centre, vertebrae_at
 from ..measure.pictures import Plane
+from ..space.geometry import Grid
 
 # %% ../../nbs/74_interactive.controls.ipynb #3ceaee05
 class Control(NamedTuple):
@@ -167,9 +168,11 @@ class ControlPanel:
     def show(self, view: object) -> None:
         "Move all widgets to what a view has, or another value that the controls stand for."
         self.view, self.following = view, True
-        for control in self.controls:
-            control.widget.value = control.read(view)
-        self.following = False
+        try:
+            for control in self.controls:
+                control.widget.value = control.read(view)
+        finally:
+            self.following = False
 
     def on_value(self, control: Control, change: dict) -> None:
         "The value of a widget has changed."
@@ -196,8 +199,9 @@ def step_vertebra(
     steps: int,  # 1: the next one towards the foot
 ) -> View:
     "Go to the vertebra that follows on the nearest one."
-    heights = [abs(label_centre(stack, name)[2] - view.at[2]) for name in stack.names]
-    return replace(view, at=label_centre(stack, stack.names[(int(np.argmin(heights)) + steps) % len(stack.names)]))
+    centres = list(stack.centres.values())
+    nearest = min(range(len(centres)), key=lambda n: abs(centres[n][2] - view.at[2]))
+    return replace(view, at=centres[(nearest + steps) % len(centres)])
 
 # %% ../../nbs/74_interactive.controls.ipynb #cc37aba1
 def move_middle(
@@ -253,7 +257,7 @@ def press_key(
         return replace(view, fade=float(np.clip(view.fade + (0.1 if key == "ArrowRight" else -0.1), 0, 1)))
     if key in "12345678"[: len(shown)]:
         return replace(view, show=shown[int(key) - 1])
-    if key in ("n", "p") and stack.names:
+    if key in ("n", "p") and stack.centres:
         return step_vertebra(stack, view, 1 if key == "n" else -1)
     if key in "+=-":
         return zoom_view(stack, view, 1.25 if key != "-" else 0.8, (np.array(view.at) + 0.5) * stack.grid.spacing_mm)
@@ -262,6 +266,14 @@ def press_key(
     if key == "o":
         return replace(view, outlined=() if view.outlined else usual_outlines(stack))
     return replace(view, crosshair=not view.crosshair) if key == "c" else view
+
+# %% ../../nbs/74_interactive.controls.ipynb #29c66965
+def voxel_of(
+    place_mm: Float[np.ndarray, "3"],  # along the axes of the grid, from its lower corner
+    grid: Grid,
+) -> tuple[int, int, int]:
+    "The voxel that holds a place."
+    return tuple(np.clip(place_mm // grid.spacing_mm, 0, np.array(grid.shape) - 1).astype(int).tolist())
 
 # %% ../../nbs/74_interactive.controls.ipynb #d541dc6e
 class Hand(NamedTuple):
@@ -276,11 +288,14 @@ def apply_event(
     picture: SlicePicture,
     view: View,
     hand: Hand,
-    event: dict,  # type, dataX, dataY (pixels from the upper left), deltaY, ctrlKey, key
+    event: dict,  # type, dataX, dataY (pixels from the upper left), buttons (0: none is down), deltaY, ctrlKey, key
 ) -> tuple[View, Hand]:
     "The view after the mouse or a key did something, and the hand from then on."
     stack, kind = picture.stack, event["type"]
-    plane, place = picture.place_at(event["dataX"], event["dataY"]) or (hand.plane, None) if "dataX" in event else (hand.plane, None)
+    under = picture.place_at(event["dataX"], event["dataY"], view) if "dataX" in event else None
+    plane, place = under or (hand.plane, None)
+    if kind == "mouseup" or event.get("buttons") == 0:
+        hand = hand._replace(grip=None)
     hand = hand._replace(plane=plane if hand.grip is None else hand.plane)
     if kind == "keydown":
         return press_key(stack, view, hand.plane, event["key"]), hand
@@ -295,7 +310,7 @@ def apply_event(
         return move_middle(stack, view, hand.grip - place) if dragged else view, hand._replace(dragged=bool(dragged))
     if kind == "click" and place is not None and not hand.dragged:
         return replace(view, at=voxel_of(place, stack.grid)), Hand(plane)
-    return view, hand._replace(grip=None) if kind == "mouseup" else hand
+    return view, hand
 
 # %% ../../nbs/74_interactive.controls.ipynb #0f2ab8ff
 class EventQueue:

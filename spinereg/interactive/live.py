@@ -61,9 +61,9 @@ def draw_artists(
 def few_colours(
     png: bytes,
 ) -> bytes:
-    "The same picture in 256 colours, which takes less than half of the room in a notebook."
+    "The same picture with 52 steps of red, green and blue, which takes little more than half of the room in a notebook."
     with BytesIO() as small:
-        Image.open(BytesIO(png)).convert("RGB").quantize(256).save(small, "png", optimize=True)
+        Image.open(BytesIO(png)).convert("RGB").point(lambda value: (value + 2) // 5 * 5).save(small, "png", optimize=True)
         return small.getvalue()
 
 

@@ -7,7 +7,7 @@ __all__ = ['CT_WINDOWS_HU', 'ORANGE', 'BLUE', 'JACOBIAN_COLOURS', 'SHOW', 'LINES
            'jacobian_colours', 'in_plane', 'grid_lines', 'arrows', 'View', 'showable', 'check_view', 'auto_window',
            'usual_outlines', 'first_view', 'describe_vertebra', 'place_words', 'describe_point', 'slice_colours',
            'Panel', 'make_panel', 'turn_outlines', 'middle_mm', 'limits_mm', 'turn_panel', 'draw_strip', 'draw_scale',
-           'plan_axes', 'place_under', 'voxel_of', 'SlicePicture']
+           'plan_axes', 'place_under', 'SlicePicture']
 
 # %% ../../nbs/72_interactive.slices.ipynb #a98eef82
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,12 +25,11 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
-from matplotlib.patheffects import withStroke
 from torch import Tensor
 
 from .live import LivePicture, darken
 from .stack import Stack, label_centre, vertebrae_at
-from ..measure.pictures import AXIAL, CORONAL, SAGITTAL, Plane, Sliceable, cut, find_outlines, show_slice, vertebra_colours
+from ..measure.pictures import AXIAL, CORONAL, EDGE, SAGITTAL, Plane, Sliceable, cut, find_outlines, show_slice, vertebra_colours
 from ..registration.report import marked
 from ..space.geometry import Grid, transform_points
 
@@ -70,12 +69,13 @@ JACOBIAN_COLOURS = matplotlib.colormaps["RdBu_r"](np.linspace(0, 1, 256))[:, :3]
 
 
 def jacobian_colours(
-    det: np.ndarray,  # (rows, columns)
+    det: np.ndarray,  # (rows, columns); NaN where it is not known
     half_range: float,  # det J of 1 +- this has the strongest colours
 ) -> Float32[np.ndarray, "rows columns 3"]:  # 0 to 1
-    "Red (det J > 1) where tissue is smaller in the moved image than in the moving one, blue where it is larger, black where the map folds."
-    place = np.clip((det - 1) / half_range, -1, 1) * 127.5 + 127.5
-    return np.where(det[..., None] > 0, JACOBIAN_COLOURS[place.round().astype(int)], 0)
+    "Red (det J > 1) where tissue is smaller in the moved image than in the moving one, blue where it is larger; folds black, NaN grey."
+    place = np.clip((np.nan_to_num(det, nan=1.0) - 1) / half_range, -1, 1) * 127.5 + 127.5
+    colours = np.where(det[..., None] <= 0, 0, JACOBIAN_COLOURS[place.round().astype(int)])
+    return np.where(np.isnan(det)[..., None], 0.5, colours)
 
 # %% ../../nbs/72_interactive.slices.ipynb #da704cd4
 def in_plane(
@@ -150,18 +150,20 @@ def check_view(
     view: View,
 ) -> View:  # the same
     "Refuse a view that cannot be shown."
-    wrong = []
-    if view.show not in showable(stack):
-        wrong.append(f"show={view.show!r}: expected one of {', '.join(showable(stack))}")
-    if view.lines not in LINES or (view.lines != "none" and stack.disp is None):
-        wrong.append(f"lines={view.lines!r}: expected none or, after a registration, grid or arrows")
-    if unknown := [name for name in view.outlined if name not in stack.labels]:
-        wrong.append(f"outlined={unknown}: expected some of {', '.join(stack.labels) or 'none, as there are no labels'}")
-    if not all(0 <= n < size for n, size in zip(view.at, stack.grid.shape)):
-        wrong.append(f"at={view.at}: expected a voxel of {stack.grid.shape}")
-    if missing := set(stack.images) - set(view.windows):
-        wrong.append(f"windows: expected one for {', '.join(sorted(missing))} as well")
-    if wrong:
+    lines, size = LINES if stack.disp is not None else ("none",), stack.grid.shape
+    ordered = all(-np.inf < low <= high < np.inf for low, high in view.windows.values())
+    expected = {
+        "show": (view.show in showable(stack), f"one of {', '.join(showable(stack))}"),
+        "fade": (0 <= view.fade <= 1, "a number from 0 to 1"),
+        "outlined": (set(view.outlined) <= set(stack.labels), f"some of {', '.join(stack.labels) or 'none, as there are no labels'}"),
+        "lines": (view.lines in lines, "none or, after a registration, grid or arrows"),
+        "windows": (ordered and set(view.windows) == set(stack.images), f"what is black and what is white in {', '.join(stack.images)}"),
+        "half_range": (0 < view.half_range < np.inf, "a number above 0"),
+        "at": (len(view.at) == 3 and all(n in range(most) for n, most in zip(view.at, size)), f"a voxel of {size}"),
+        "zoom": (1 <= view.zoom < np.inf, "1, where the whole slice is seen, or more"),
+        "middle": (view.middle is None or np.isfinite(view.middle).sum() == 3, "three numbers, or None for the crosshair"),
+    }
+    if wrong := [f"{name}={getattr(view, name)!r}: expected {words}" for name, (right, words) in expected.items() if not right]:
         raise ValueError("; ".join(wrong))
     return view
 
@@ -230,7 +232,8 @@ def describe_point(
     "What is at a voxel: where it is, what the images show there, and which vertebra it belongs to."
     values = [f"{name} {image[at]:.4g}{UNITS[stack.modalities[name]]}" for name, image in stack.images.items()]
     if stack.disp is not None:
-        values += [f"det J {stack.jacobian_det[at]:.2f}", f"deformation {np.linalg.norm([u[at] for u in stack.disp]):.1f} mm"]
+        det = float(stack.jacobian_det[at])
+        values += [f"det J {'not known' if np.isnan(det) else f'{det:.2f}'}", f"deformation {np.linalg.norm([u[at] for u in stack.disp]):.1f} mm"]
     return f"{place_words(stack, at)}   voxel {', '.join(map(str, at))}\n{'   '.join(values)}\n{describe_vertebra(stack, at)}"
 
 # %% ../../nbs/72_interactive.slices.ipynb #5aa3a2fe
@@ -288,8 +291,7 @@ def make_panel(
     solid, dashed = (ax.add_collection(LineCollection([], linewidths=1.3, linestyles=style, zorder=3)) for style in ("-", "--"))
     edges = ax.add_collection(LineCollection([], linewidths=2.6, colors=(0, 0, 0, 0.7), zorder=2.5))
     style = {"fontsize": 8, "fontweight": "bold", "ha": "center", "va": "center", "zorder": 4, "clip_on": True}
-    halo = [withStroke(linewidth=2, foreground="black")]
-    names = [ax.text(0, 0, "", color=colour, path_effects=halo, **style) for colour in vertebra_colours(stack.names)]
+    names = [ax.text(0, 0, "", color=colour, path_effects=EDGE, **style) for colour in vertebra_colours(stack.names)]
     lines = ax.add_collection(LineCollection([], linewidths=0.6, colors="#56B4E9", zorder=2))
     ends = None
     if stack.disp is not None:
@@ -406,22 +408,15 @@ def place_under(
     panel: Panel,
     pixel: tuple[float, float],  # from the left and from the bottom of the figure
     grid: Grid,
-    at: tuple[int, int, int],  # voxel of the crosshair
+    view: View,  # that the panel shows, or will show
 ) -> Float[np.ndarray, "3"] | None:  # mm along the axes of the grid, from its lower corner; None beside the slice
     "The place under a pixel of a panel."
     if not panel.ax.bbox.contains(*pixel):
         return None
-    place = (np.array(at) + 0.5) * grid.spacing_mm
-    place[[panel.plane.across, panel.plane.up]] = panel.ax.transData.inverted().transform(pixel)
+    place, axes = (np.array(view.at) + 0.5) * grid.spacing_mm, [panel.plane.across, panel.plane.up]
+    (left, right), (bottom, top) = limits_mm(grid, view, axes)
+    place[axes] = (right, bottom) + panel.ax.transAxes.inverted().transform(pixel) * (left - right, top - bottom)
     return place
-
-
-def voxel_of(
-    place_mm: Float[np.ndarray, "3"],  # along the axes of the grid, from its lower corner
-    grid: Grid,
-) -> tuple[int, int, int]:
-    "The voxel that holds a place."
-    return tuple(np.clip(place_mm // grid.spacing_mm, 0, np.array(grid.shape) - 1).astype(int).tolist())
 
 # %% ../../nbs/72_interactive.slices.ipynb #a16a9406
 class SlicePicture(LivePicture):
@@ -471,7 +466,8 @@ class SlicePicture(LivePicture):
         self,
         x: float,  # pixels from the left
         y: float,  # pixels from the top
+        view: View,  # that is shown, or will be
     ) -> tuple[Plane, Float[np.ndarray, "3"]] | None:  # the plane there and the place, mm from the grid's lower corner; None beside the slices
         "What lies under a pixel."
-        found = [(panel.plane, place_under(panel, (x, self.bbox.height - y), self.stack.grid, self.view.at)) for panel in self.panels]
+        found = [(panel.plane, place_under(panel, (x, self.bbox.height - y), self.stack.grid, view)) for panel in self.panels]
         return next((each for each in found if each[1] is not None), None)

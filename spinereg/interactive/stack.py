@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['ORDER', 'Layer', 'Stack', 'layers_on', 'slice_grid', 'layer_onto', 'placed', 'in_view', 'pair_layers', 'pair_stack',
-           'fine_grid', 'result_stack', 'as_stack', 'vertebrae_at', 'label_centre']
+           'fine_grid', 'result_stack', 'as_stack', 'vertebrae_at', 'find_centres', 'label_centre']
 
 # %% ../../nbs/71_interactive.stack.ipynb #af06103d
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -22,7 +21,7 @@ from ..files.labels import VERTEBRAE
 from ..files.pairs import Pair
 from ..files.volumes import renumber
 from ..registration.results import Registration
-from ..space.fields import along_axes, read_index, warp, world_vectors
+from ..space.fields import read_index
 from ..space.geometry import Grid, crop_grid, index_map, inside, sample_index, transform_points, voxel_index
 
 # %% ../../nbs/71_interactive.stack.ipynb #3e54bf94
@@ -42,7 +41,7 @@ class Layer:
         "What is at a voxel of the picture's grid."
         return self.select(0, at[0])[at[1], at[2]]
 
-    @cached_property
+    @property
     def voxels(self) -> dict[int, Int[Tensor, "n 3"]]:  # by label; indices into `whole`
         "Where each label is."
         at = self.whole.nonzero()
@@ -50,7 +49,8 @@ class Layer:
         return {int(value): at[values == value] for value in values.unique().tolist()}
 
 # %% ../../nbs/71_interactive.stack.ipynb #d74d6c8f
-class Stack(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Stack:
     "Images, label maps and fields, with the grid of the pictures of them."
 
     grid: Grid
@@ -61,6 +61,11 @@ class Stack(NamedTuple):
     vertebrae: pd.DataFrame  # what is known of each, by name; empty before a registration
     jacobian_det: Layer | None = None
     disp: tuple[Layer, Layer, Layer] | None = None  # without the rigid part, mm along the axes of the grid
+
+    @cached_property
+    def centres(self) -> dict[str, tuple[int, int, int]]:  # voxel, by vertebra
+        "The middle of every vertebra that is in view, found when first asked for."
+        return find_centres(self)
 
 
 def layers_on(
@@ -88,11 +93,12 @@ def layer_onto(
     own: Grid,  # of `whole`
     disp: Callable[[int, int], Float[Tensor, "1 3 i j k"]] | None = None,  # of a slice, mm along the axes of `grid`
     shown: tuple[Tensor, Grid] | None = None,  # the whole as it is to be known, where that is another
+    outside: float | None = None,  # what is read outside of it; the smallest value of all when None
 ) -> Layer:
-    "Read a volume onto the grid of a picture, a slice at a time; outside it is as dark as its darkest voxel."
+    "Read a volume onto the grid of a picture, a slice at a time."
     if disp is None and own.same_as(grid):
         return Layer(whole, own)
-    lowest, size = whole.min(), torch.tensor(whole.shape)
+    beyond, size = whole.min().item() if outside is None else outside, torch.tensor(whole.shape)
 
     @lru_cache(maxsize=9)  # three planes, and where they have just been
     def read(axis: int, index: int) -> Tensor:
@@ -102,7 +108,7 @@ def layer_onto(
             values = sample_index(whole[None, None], at[None], "bilinear")[0, 0]
         else:
             values = whole[at.round().long().clamp(min=torch.zeros(3, dtype=torch.long), max=size - 1).unbind(-1)]
-        return torch.where(inside(at, whole.shape), values, lowest)
+        return torch.where(inside(at, whole.shape), values, beyond)
 
     return Layer(*(shown or (whole, own)), read)
 
@@ -118,10 +124,12 @@ def placed(
 def in_view(
     layer: Layer,  # of labels
     grid: Grid,  # of the picture
-) -> set[int]:  # labels
-    "Which labels have a voxel inside the grid of a picture."
+) -> dict[int, Float[Tensor, "n 3"]]:  # by label, of those that are in view: its voxels as fractional voxels of the grid
+    "Where each label is inside the grid of a picture."
     places = torch.from_numpy(index_map(layer.grid, grid))
-    return {label for label, at in layer.voxels.items() if inside(transform_points(places, at.double()), grid.shape, margin=0.49).any()}
+    found = {label: transform_points(places, at.double()) for label, at in layer.voxels.items()}
+    found = {label: at[inside(at, grid.shape, margin=0.49)] for label, at in found.items()}
+    return {label: at for label, at in found.items() if len(at)}
 
 # %% ../../nbs/71_interactive.stack.ipynb #ea526e03
 def pair_layers(
@@ -172,12 +180,13 @@ def result_stack(
     "A registered pair, on the fixed image's grid."
     pair, view, transform = result.pair, result.view, result.transform
     grid = fine_grid(pair.fixed.grid, view.grid)
-    u = along_axes(world_vectors(transform.disp_on(view.grid).cpu(), view.grid), Grid(view.grid.shape, grid.affine))
-    disp = lru_cache(maxsize=9)(lambda axis, index: warp(u, view.grid, slice_grid(grid, axis, index), outside="zeros"))
+    field = replace(transform, disp=transform.disp.cpu(), bones=None)
+    disp = lru_cache(maxsize=9)(lambda axis, index: field.disp_on(slice_grid(grid, axis, index)))
     images, labels, names = pair_layers(pair, grid, {"moving": (transform.rigid, None, None), "moved": (transform.rigid, disp, view)})
     modalities = {name: pair.fixed_modality if name == "fixed" else pair.moving_modality for name in images}
-    det = layer_onto(grid, view.jacobian_det.cpu(), view.grid)
-    components = [Layer(u[0, n], view.grid, lambda axis, index, n=n: disp(axis, index)[0, n].select(axis, 0)) for n in range(3)]
+    det = layer_onto(grid, view.jacobian_det.cpu(), view.grid, outside=np.nan)
+    u = field.disp_on(view.grid)[0]
+    components = [Layer(u[n], view.grid, lambda axis, index, n=n: disp(axis, index)[0, n].select(axis, 0)) for n in range(3)]
     return Stack(grid, images, modalities, labels, names, result.vertebrae, det, tuple(components))
 
 # %% ../../nbs/71_interactive.stack.ipynb #6908bb33
@@ -200,16 +209,25 @@ def vertebrae_at(
     return {key: stack.names[number - 1] for key, number in found.items() if number > 0}
 
 
+def find_centres(
+    stack: Stack,
+) -> dict[str, tuple[int, int, int]]:  # voxel, by vertebra
+    "The voxel in the middle of every vertebra in view, in the first of moved, moving and fixed labels that has it."
+    found = {}
+    for layer in [stack.labels[key] for key in ORDER if key in stack.labels]:
+        places = in_view(layer, stack.grid) if len(found) < len(stack.names) else {}
+        for number in [number for number in places if stack.names[number - 1] not in found]:
+            away = (places[number] - places[number].median(0).values).norm(dim=1)
+            nearest = list(map(tuple, places[number][away.argsort()[:1000:5]].round().int().tolist()))
+            found[stack.names[number - 1]] = next((at for at in nearest if layer[at] == number), nearest[0])
+    return {name: found[name] for name in stack.names if name in found}
+
+
 def label_centre(
     stack: Stack,
     name: str,  # of a vertebra
 ) -> tuple[int, int, int]:  # voxel
-    "The voxel in the middle of a vertebra, in the first of moved, moving and fixed labels that has it."
-    if name not in stack.names:
-        raise ValueError(f"there is no vertebra {name!r} here: expected one of {', '.join(stack.names) or 'none, as there are no labels'}")
-    number = stack.names.index(name) + 1
-    for layer in [stack.labels[key] for key in ORDER if key in stack.labels and number in in_view(stack.labels[key], stack.grid)]:
-        places = transform_points(torch.from_numpy(index_map(layer.grid, stack.grid)), layer.voxels[number].double())
-        places = places[inside(places, stack.grid.shape, margin=0.49)]
-        nearest = places[(places - places.median(0).values).norm(dim=1).argsort()[:1000:5]].round().int().tolist()
-        return next((at for at in map(tuple, nearest) if layer[at] == number), tuple(nearest[0]))
+    "The middle of a vertebra."
+    if name not in stack.centres:
+        raise ValueError(f"there is no vertebra {name!r} here: expected one of {', '.join(stack.centres) or 'none, as there are no labels'}")
+    return stack.centres[name]

@@ -48,6 +48,9 @@ def label_colours(
     return channels | {"I": [float(k) for k in range(len(names) + 1)], "labels": ["", *names]}
 
 # %% ../../nbs/77_interactive.view3d.ipynb #8cf85de8
+HANDLING = "<small>drag: turn; wheel: through the slices; right button: contrast; double click: usual contrast</small>"
+
+
 def thinned(
     layer: Layer,
     most: int = 2**25,  # voxels
@@ -63,7 +66,7 @@ def niivue_widget(
     labels: Layer | None,
     names: tuple[str, ...],
 ) -> VBox:
-    "A rendering and slices of a volume with its labels, in NiiVue, under the names."
+    "A rendering and slices of a volume with its labels, in NiiVue, between the names and what the mouse does."
     from ipyniivue import NiiVue, ShowRender, SliceType, Volume
 
     volume, grid = thinned(image)
@@ -78,7 +81,7 @@ def niivue_widget(
     viewer.load_volumes(volumes)
     colours = zip(names, vertebra_colours(names))
     legend = " &nbsp; ".join(f'<b style="background: #181818; color: {colour}; padding: 0 4px">{escape(name)}</b>' for name, colour in colours)
-    return VBox([HTML(legend), viewer])
+    return VBox([HTML(legend), viewer, HTML(HANDLING)])
 
 # %% ../../nbs/77_interactive.view3d.ipynb #5f5268d9
 def itk_volume(
@@ -156,9 +159,6 @@ def draw_middle(
     return fig
 
 # %% ../../nbs/77_interactive.view3d.ipynb #bcc81ee1
-HANDLING = "<small>drag: turn; wheel: through the slices; right button: contrast; double click: usual contrast</small>"
-
-
 class View3D(Viewer):
     "A volume with its labels to turn and cut."
 
@@ -175,11 +175,10 @@ class View3D(Viewer):
 
     def picture(self) -> Picture:
         "What stays in the notebook."
-        if self.labels is None:
-            layer = self.stack.images[self.image]
-            return draw_middle(layer.whole, layer.grid, self.image)
-        layer = self.stack.labels[self.labels]
-        return draw_bones(layer.whole, layer.grid, self.names, f"{self.labels} labels")
+        layer = self.stack.labels[self.labels] if self.labels else self.stack.images[self.image]
+        if self.labels:
+            return draw_bones(layer.whole, layer.grid, self.names, f"{self.labels} labels")
+        return draw_middle(layer.whole, layer.grid, self.image)
 
     def png(self) -> bytes:
         "The picture as it is in the notebook."
@@ -188,16 +187,26 @@ class View3D(Viewer):
     @cached_property
     def box(self) -> Widget:
         "The viewer, under what there is to say about it and menus of what it shows."
-        menus = self.menu("image", [*self.stack.images]), self.menu("labels", [*self.stack.labels, None])
-        self.top, self.place = HBox([*menus, HTML(HANDLING)]), VBox()
+        self.place, menus = VBox(), [self.menu("image", [*self.stack.images]), self.menu("labels", [*self.stack.labels, None])]
         self.fill()
-        return VBox([HTML(escape(choose_viewer(self.engine)[1])), self.top, self.place])
+        return VBox([HTML(escape(choose_viewer(self.engine)[1])), HBox(menus), self.place])
 
-    def menu(self, which: str, choices: list[str | None]) -> Dropdown:
+    def menu(
+        self,
+        which: str,  # attribute: "image" or "labels"
+        choices: list[str | None],  # names; None for none
+    ) -> Dropdown:
         "A menu of the images or of the label maps."
+
+        def chosen(change: dict) -> None:
+            with self.lock:
+                setattr(self, which, change["new"])
+                self.fill()
+                self.record()
+
         words = {"tooltip": f"which {which} to show", "description": which, "layout": {"width": "180px"}}
         menu = Dropdown(options=[(choice or "none", choice) for choice in choices], value=getattr(self, which), **words)
-        menu.observe(lambda change: (setattr(self, which, change["new"]), self.fill()), "value")
+        menu.observe(chosen, "value")
         return menu
 
     def fill(self) -> None:
@@ -205,7 +214,6 @@ class View3D(Viewer):
         makers = {None: lambda *_: Image(value=self.png()), "niivue": niivue_widget, "itkwidgets": itk_widget}
         layers = self.stack.images[self.image], self.stack.labels[self.labels] if self.labels else None
         self.place.children = [makers[choose_viewer(self.engine)[0]](*layers, self.names)]
-        self.record()
 
 # %% ../../nbs/77_interactive.view3d.ipynb #c7532d7f
 def view3d(

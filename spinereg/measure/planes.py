@@ -77,7 +77,11 @@ def draw_outlines(
             pen.text(place, shown(names[outline.label - 1]), colours[outline.label - 1], FONT, "mm", stroke_width=1, stroke_fill="black")
 
 
-def draw_letters(pen: ImageDraw.ImageDraw, plane: Plane, size: tuple[int, int]) -> None:
+def draw_letters(
+    pen: ImageDraw.ImageDraw,
+    plane: Plane,
+    size: tuple[int, int],  # width and height of the tile, pixels
+) -> None:
     "Write which way is which at the edges of a tile."
     (width, height), anchors = size, ("lm", "rm", "md", "ma")
     places = [(4, height / 2), (width - 4, height / 2), (width / 2, height - 3), (width / 2, 3)]

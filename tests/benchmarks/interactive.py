@@ -162,7 +162,6 @@ LONG = f"""import json, psutil
 import matplotlib.pyplot as plt
 import spinereg
 from spinereg.interactive.monitor import TrainingMonitor
-from spinereg.interactive.motion import VertebraMotion
 files = [f"{SAMPLES}/test/easy_0/{{name}}.nii.gz" for name in ("mr_t1", "ct", "ct_mask")]
 monitor, seen, figures = TrainingMonitor(), [], []
 
