@@ -221,7 +221,7 @@ def view3d(
     image: str = "fixed",  # "fixed", "moving" or, after a registration, "moved"
     labels: str | None = None,  # likewise; the moved ones, or those there are, when None
     engine: str = "niivue",  # or "itkwidgets", after `install_itk_viewer()`
-) -> View3D:
+) -> View3D:  # shown by the last line of a cell
     "A volume with its labels to turn and cut in JupyterLab; a picture of the bones everywhere else."
     stack = as_stack(data)
     labels = labels or next((name for name in ("moved", "moving", "fixed") if name in stack.labels), None)
