@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
 import spinereg
-from spinereg.interactive.motion import LiveMotion, VertebraMotion, keep_outlines
+from spinereg.interactive.motion import LiveMotion, VertebraMotion, keep_outlines, middle_voxel
 from spinereg.interactive.spine import (
     Bone,
     Edit,
@@ -273,7 +273,7 @@ def test_keys_choose_the_next_vertebra_and_go_to_where_it_is_now_and_the_wheel_d
     viewer.jump("L1")
     for key, name in (("n", "L2"), ("n", "L3"), ("p", "L2"), ("p", "L1")):
         press(viewer, key)
-        assert viewer.placed.chosen == name and viewer.view.at == viewer.middle(name)
+        assert viewer.placed.chosen == name and viewer.view.at == middle_voxel(viewer.placed, name, viewer.stack.grid)
     press(viewer, *"nn")
     assert viewer.placed.chosen == "L3"
     viewer.change(planes="axial")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CAPTION', 'COLUMNS', 'TURNS', 'SHIFTS', 'outline', 'keep_outlines', 'on_slice', 'arrow_line', 'enlarged', 'Marks',
            'make_marks', 'Drawn', 'draw_vertebra', 'turn_marks', 'table_rows', 'table_lines', 'MotionPicture',
-           'edit_slider', 'edit_controls', 'table_html', 'LiveMotion', 'VertebraMotion']
+           'edit_slider', 'edit_controls', 'table_html', 'middle_voxel', 'LiveMotion', 'VertebraMotion']
 
 # %% ../../nbs/75a_interactive.motion.ipynb #f33d450c
 from collections.abc import Callable, Mapping, Sequence
@@ -287,6 +287,18 @@ def table_html(
         rows.append(f"<tr{bold}>" + "".join(f"<td>{escape(text)}</td>" for text in texts) + "</tr>")
     return f"<table class='spinereg-figures'><caption>{CAPTION}</caption><tr><th></th>{groups}</tr><tr><th></th>{heads}</tr>{''.join(rows)}</table>"
 
+# %% ../../nbs/75a_interactive.motion.ipynb #77abefcb
+def middle_voxel(
+    placed: Placed,  # vertebrae where they are now
+    name: str,  # of one of them
+    grid: Grid,  # of the picture
+) -> tuple[int, int, int]:
+    "The voxel nearest to the middle of a vertebra's body."
+    names, centres = placed.spine.names, placed.spine.seen(placed.poses)[0]
+    check_edit(names, Edit(name))
+    index = np.linalg.solve(grid.affine, [*centres[names.index(name)], 1])[:3]
+    return tuple(np.clip(index.round(), 0, np.array(grid.shape) - 1).astype(int).tolist())
+
 # %% ../../nbs/75a_interactive.motion.ipynb #59903691
 class LiveMotion(SliceViewer):
     "The motion of every vertebra, which a program can change."
@@ -302,22 +314,12 @@ class LiveMotion(SliceViewer):
         self.given = tuple(given) if isinstance(given, Mapping) else ()
         self.placed = place(spine, {}, spine.names[len(spine.names) // 2])
         super().__init__(result, planes, **{"show": "fixed", "outlined": ()} | view)
-        self.view = replace(self.view, at=view.get("at", self.middle(self.placed.chosen)))
+        self.view = replace(self.view, at=view.get("at", middle_voxel(self.placed, self.placed.chosen, self.stack.grid)))
 
     @property
     def poses(self) -> dict[str, Float[np.ndarray, "4 4"]]:
         "Poses by name of the vertebrae moved by hand, and of those given by name for the result; fixed -> moving, RAS mm, pre-alignment included."
         return {name: now for name, now in zip(self.placed.spine.names, self.placed.poses) if name in (*self.placed.by_hand, *self.given)}
-
-    def middle(
-        self,
-        name: str,  # of a vertebra
-    ) -> tuple[int, int, int]:  # voxel
-        "The middle of a vertebra's body where it is now, or the nearest voxel of the picture."
-        names, grid = self.placed.spine.names, self.stack.grid
-        check_edit(names, Edit(name))
-        index = np.linalg.solve(grid.affine, [*self.placed.spine.seen(self.placed.poses)[0][names.index(name)], 1])[:3]
-        return tuple(np.clip(index.round(), 0, np.array(grid.shape) - 1).astype(int).tolist())
 
     def picture(self, **look) -> MotionPicture:
         "A figure of what is shown."
@@ -358,7 +360,7 @@ class LiveMotion(SliceViewer):
     ) -> None:
         "Choose a vertebra to be moved, and go to where it is now."
         with self.lock:
-            self.put(self.edits, name, self.middle(name))
+            self.put(self.edits, name, middle_voxel(self.placed, name, self.stack.grid))
 
 # %% ../../nbs/75a_interactive.motion.ipynb #b2766475
 class VertebraMotion(LiveMotion):
@@ -396,10 +398,8 @@ class VertebraMotion(LiveMotion):
         "Show what the mouse and the keys have led to."
         with self.lock:
             super().follow([event for event in events if event.get("key") not in ("n", "p")])
-            at, keys = self.stack.grid.affine @ [*self.view.at, 1], [event.get("key") for event in events]
-            clicked = any(event["type"] == "click" for event in events)
-            if clicked and (name := self.placed.at(at[:3])) not in ("", self.placed.chosen):
+            at, names, keys = self.stack.grid.affine @ [*self.view.at, 1], self.placed.spine.names, [event.get("key") for event in events]
+            if any(event["type"] == "click" for event in events) and (name := self.placed.at(at[:3])) not in ("", self.placed.chosen):
                 self.put(self.edits, name)
             if steps := keys.count("n") - keys.count("p"):
-                names = self.placed.spine.names
                 self.jump(names[(names.index(self.placed.chosen) + steps) % len(names)])
