@@ -180,7 +180,7 @@ def turn_marks(
             artist.set_position(drawn[k].front_mm)
 
 # %% ../../nbs/75a_interactive.motion.ipynb #9672f440
-CAPTION = "From the pre-alignment to now, in the fixed image; aligned_* is the way back"
+CAPTION = "From pre-alignment to now in the fixed image; the result's table: the way back"
 COLUMNS = {"degrees": ("flexion", "bend", "rotation"), "mm": ("right", "anterior", "superior"), "disc below, mm": ("before", "now")}
 
 
@@ -249,7 +249,7 @@ def edit_slider(
     reach: float,  # from minus this to this, deg or mm; further where an edit lies beyond
 ) -> Control:
     "A slider of one number of an edit."
-    what = {"description": f"{words}, {field.split('_')[1]}", "style": {"description_width": "120px"}, "layout": {"width": "400px"}}
+    what = {"description": f"{words}, {field.split('_')[1]}", "style": {"description_width": "120px"}, "layout": {"width": "350px"}}
     what["tooltip"] = f"{name}, about or along its own axes, from where the registration put it"
     slider = widgets.FloatSlider(0, min=-reach, max=reach, step=0.5, readout_format=".1f", **what)
 
