@@ -374,7 +374,7 @@ class VertebraMotion(LiveMotion):
     @cached_property
     def box(self) -> widgets.VBox:
         "The slices with a hand and a table beside them."
-        self.figures = widgets.HTML()
+        self.figures = widgets.HTML(layout={"max_width": "480px"})  # its caption wraps
         top, picture, *below = super().box.children
         top.children = [widget for widget in top.children if widget.description != "vertebra"]  # this menu does not know of hands
         menu, *sliders = (control.widget for control in self.editing.controls)
