@@ -1,4 +1,4 @@
-"""README as a user meets it: what it points at is there, and every block of it runs when pasted, on images with large voxels."""
+"""README as a user meets it: what it points at is there, and every block of it runs when pasted, on a sample case."""
 
 import ast
 import functools
@@ -15,11 +15,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from nibabel.processing import resample_to_output
 
 import spinereg
 
@@ -27,7 +25,6 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
 APPS = sorted((ROOT / "nbs/apps").glob("*.ipynb"))
 CASE = ROOT / "data_samples/test/easy_0"
-VOXEL_MM = 4.0
 
 
 def blocks(kind):
@@ -81,14 +78,6 @@ def test_only_parameters_that_an_app_has_are_named():
 # pasted
 
 
-def coarse(image):
-    "An image of data_samples with large voxels; labels stay labels."
-    order = 0 if "mask" in image.name else 1
-    loaded = nibabel.load(image)
-    less = resample_to_output(loaded, [VOXEL_MM] * 3, order=order)
-    return nibabel.Nifti1Image(np.asarray(less.dataobj).astype(loaded.get_data_dtype()), less.affine)
-
-
 def stranger(folder):
     "The files of another tool: a displacement image that is nearly zero, and an affine map that is nearly none."
     image = sitk.ReadImage(str(folder / "mr.nii.gz"))
@@ -103,7 +92,7 @@ def stranger(folder):
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory):
-    "A checkout after `make run`, but with coarse images, and with the files of a user that README speaks of."
+    "A checkout after `make run`, of one sample case, with the files of a user that README speaks of."
     if sys.platform == "win32" or not (Path(sys.prefix) / "pyvenv.cfg").exists():
         pytest.skip("the commands are those of Linux and macOS, for an environment as `make run` makes it")
     top = tmp_path_factory.mktemp("desk")
@@ -114,29 +103,25 @@ def desk(tmp_path_factory):
         (top / ".venv" / entry.name).symlink_to(entry)
     for stamp in (".python", ".run"):
         (top / ".venv" / stamp).touch()
-    case = top / "data_samples/test/easy_0"
-    case.mkdir(parents=True)
-    shutil.copy(CASE / "landmarks.csv", case)
-    for image in CASE.glob("*.nii.gz"):
-        nibabel.save(coarse(image), case / image.name)
-    for split in ("train", "val", "test"):
-        shutil.copytree(case, top / "data_dir" / split / "case_0")
-    for path in case.iterdir():
+    for folder in ("data_samples/test/easy_0", "data_dir/train/case_0", "data_dir/val/case_0"):
+        shutil.copytree(CASE, top / folder)
+    for path in CASE.iterdir():
         shutil.copy(path, top / path.name.replace("mr_t1", "mr"))
     (top / "settings.yaml").write_text("{epochs_similarity: [1, 2], epochs_rigidity: [0]}", "utf-8")
     stranger(top)
     return top
 
 
+RIGID = "{spacing_mm: 4.0, prealign: header, method: rigid}"
 QUICK = {  # what is too long for a test, and how it is made short
-    "make run": "ARGS='-p spacing_mm 4.0'",
-    "spinereg register": "--spacing_mm 4.0",
-    "apps/register": "-p spacing_mm 4.0",
-    "spinereg batch": "--spacing_mm 4.0",
-    "sweep register": "--spacing_mm 4.0 --steps '[2, 2, 2]'",
-    "sweep train": "--similarity mi --crop '[16, 24, 32]' --spacing_mm 4.0",
-    "apps/train": "-p epochs_similarity 1 -p epochs_rigidity 1 -y '{crop: [16, 24, 32], spacing_mm: 4.0}'",
-    "apps/halfreal": "-y '{contrasts: [T1], seeds: [0]}'",
+    "make run": f"ARGS='-y \"{RIGID}\"'",
+    "apps/register": f"-y '{RIGID}'",
+    "spinereg register": "--spacing_mm 4.0 --prealign header --method rigid",
+    "spinereg batch": "--spacing_mm 4.0 --prealign header --method rigid",
+    "sweep register": "--spacing_mm 4.0 --prealign header --steps '[2, 2, 2]'",
+    "sweep train": "--spacing_mm 4.0 --prealign header --crop '[16, 24, 32]'",
+    "apps/train": "-y '{epochs_similarity: 1, epochs_rigidity: 1, crop: [16, 24, 32], spacing_mm: 4.0, prealign: header}'",
+    "apps/halfreal": "-p scheme verse -y '{contrasts: [T1], seeds: [0]}'",
 }
 LEAVES = {  # what is there afterwards
     "make run ": "out/register/metrics.json",
@@ -145,7 +130,7 @@ LEAVES = {  # what is there afterwards
     "spinereg batch": "out/night/report.html",
     "sweep register": "out/sweep/settings.csv",
     "sweep train": "out/trainings/report.html",
-    "apps/train": "out/train/weights.safetensors",
+    "apps/train": "out/train/validation.csv",
     "apps/halfreal": "out/halfreal/T1_0/ct.nii.gz",
 }
 ELSEWHERE = ("make test", "-m venv", "pip install --constraint constraints.txt --editable", "ruff", "typos", "tests/notebooks.py", "bin/pytest")
@@ -207,9 +192,11 @@ def test_without_make_are_the_lines_of_make(desk):
 def test_python_when_pasted(desk, monkeypatch):
     """E3: block after block in one session; with large voxels, and the two trainings cut short."""
     monkeypatch.chdir(desk)
+    shutil.rmtree("out", ignore_errors=True)
+    large, near = {"spacing_mm": 4.0}, {"prealign": "header"}
     short = {"epochs_similarity": 1, "epochs_rigidity": 1, "crop": (16, 24, 32)}
-    for name, quick in {"register": {}, "rigidify": {}, "fit": short}.items():
-        monkeypatch.setattr(spinereg, name, functools.partial(getattr(spinereg, name), spacing_mm=VOXEL_MM, **quick))
+    for name, quick in {"register": large | near, "rigidify": large, "fit": large | near | short}.items():
+        monkeypatch.setattr(spinereg, name, functools.partial(getattr(spinereg, name), **quick))
     session = {}
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), session)
