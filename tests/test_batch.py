@@ -78,8 +78,8 @@ def soon(true, seconds=30.0):
 
 
 def command(*words, cwd, **more):
-    "The command line in a process of its own."
-    code = "import sys; from spinereg.apps.command import main; sys.exit(main())"
+    "The command line in a process of its own, which hears SIGINT also where these tests run in the background."
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\nfrom spinereg.apps.command import main; sys.exit(main())"
     more |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen([sys.executable, "-c", code, *map(str, words)], cwd=cwd, **more)
 
@@ -251,7 +251,7 @@ def test_a_batch_that_is_ended_leaves_no_process_and_goes_on(sleepers, number):
     done = (folder / "out/a/result.txt").stat().st_mtime_ns
     run.send_signal(number)
     said = run.communicate(timeout=60)[0]
-    assert soon(lambda: not left_over(), 10)
+    assert soon(lambda: not left_over(), 60)
     assert run.returncode == (-number if number == signal.SIGKILL else 130), said
     states = {name: read_record(folder / "out" / name)["status"] for name in "abc"}
     assert states["a"] == "done" and set(states.values()) <= {"done", "running", "stopped"}, states
@@ -324,7 +324,7 @@ def test_slurm_array_with_a_task_that_is_lost(tmp_path):
     plan = command(*words, cwd=tmp_path)
     assert "4 of 4 jobs are to be done" in plan.communicate(timeout=60)[0]
     assert sbatch() == [-9, 0]
-    assert soon(lambda: not left_over(), 10)
+    assert soon(lambda: not left_over(), 60)
     plan = command(*words, cwd=tmp_path)
     assert "1 of 4 jobs are to be done" in plan.communicate(timeout=60)[0]
     assert sbatch() == [0]

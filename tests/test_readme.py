@@ -107,7 +107,7 @@ def desk(tmp_path_factory):
         shutil.copytree(CASE, top / folder)
     for path in CASE.iterdir():
         shutil.copy(path, top / path.name.replace("mr_t1", "mr"))
-    (top / "settings.yaml").write_text("{epochs_similarity: [1, 2], epochs_rigidity: [0]}", "utf-8")
+    (top / "settings.yaml").write_text("{epochs_similarity: [1], epochs_rigidity: [0]}", "utf-8")
     stranger(top)
     return top
 
