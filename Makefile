@@ -67,10 +67,11 @@ define TABLE
 import json, pandas, pathlib, sys
 out = pathlib.Path(sys.argv[1])
 table = pandas.read_csv(out / "vertebrae.csv")
-wanted = ["vertebra", "aligned_distance_mm", "aligned_angle_deg", "relative_angle_deg", "residual_rms_mm", "volume_change_percent", "dice", "cut"]
+wanted = ["vertebra", "aligned_distance_mm", "aligned_angle_deg", "relative_angle_deg", "residual_rms_mm", "volume_change_percent", "dice", "cut", "error_mm", "error_deg"]
 if len(table):
     print(table[[name for name in wanted if name in table]].round(2).to_string(index=False))
-print("\n" + json.loads((out / "metrics.json").read_text())["summary"])
+told = json.loads((out / "metrics.json").read_text())
+print(f"\n{told['verdict']}. {told['summary']}")
 print("\nexecuted notebook:", (out / "register.ipynb").resolve())
 endef
 export TABLE

@@ -85,7 +85,7 @@ def executor_of(
         from distributed import Client, LocalCluster
     except ModuleNotFoundError as error:
         reason = f"{jobs} jobs at once need Dask distributed, which is not installed"
-        raise ModuleNotFoundError(f'{reason}: pip install "spinereg[batch]", or run one at a time', name=error.name) from error
+        raise ModuleNotFoundError(f'{reason}: pip install "distributed>=2025.1", or --jobs 1 (one at a time)', name=error.name) from error
     ours = {"distributed.scheduler.allowed-failures": 0, "distributed.scheduler.worker-saturation": 1.0}
     with ExitStack() as stack:
         stack.enter_context(dask.config.set(ours))

@@ -297,8 +297,10 @@ def environment_of(
     "The environment of a job's processes."
     env = os.environ | {MARK: mark, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
     if limits.threads:
+        asked = os.environ.get("OMP_NUM_THREADS", "")
+        threads = min(limits.threads, int(asked)) if asked.isdigit() and int(asked) else limits.threads
         names = "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"
-        env |= dict.fromkeys(names, str(limits.threads))
+        env |= dict.fromkeys(names, str(threads))
     if limits.gpus and (worker := worker_number()) is not None:
         env["CUDA_VISIBLE_DEVICES"] = limits.gpus[worker % len(limits.gpus)]
     return env
