@@ -425,7 +425,7 @@ def register(
     polish: int = 0,  # optimiser steps after the network, on the finest level
     moving_modality: str = "auto",  # "auto", "ct" or "mr"
     fixed_modality: str = "auto",  # "auto", "ct" or "mr"
-    moving_scheme: str | Mapping[int, str | None] = "verse",  # whose numbers: a name in SCHEMES (verse, totalseg_v2, spineps ...), or {value: vertebra}
+    moving_scheme: str | Mapping[int, str | None] = "verse",  # whose numbers: a name in SCHEMES (verse, totalseg_v2, spineps ...) or {value: name}
     fixed_scheme: str | Mapping[int, str | None] = "verse",  # likewise, of the fixed labels
     keep_doubtful: bool = False,  # whether a vertebra whose label is no whole bone is held rigid all the same, and not left out
     prealign: str | Path = "auto",  # "header", "centres", "labels", "search", "auto" or a rigid ITK transform file
