@@ -21,6 +21,13 @@ def same_numbers():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory):
+    "A folder that all workers of one run see; who makes something in it holds a lock."
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
 @pytest.fixture(scope="module")
 def chromium(tmp_path_factory):
     "JupyterLab's server and a headless Chromium, for the tests of one file."

@@ -1,7 +1,6 @@
 """The documentation site: built from the notebooks without a warning, whole, and without a network."""
 
 import inspect
-import os
 import re
 import shutil
 import subprocess
@@ -46,11 +45,9 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory):
+def site(shared):
     "The site, built once from a copy of the notebooks, by the first of several workers; a warning is an error."
-    top = tmp_path_factory.getbasetemp() / "docs"
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        top = tmp_path_factory.getbasetemp().parent / "docs"
+    top = shared / "docs"
     with FileLock(f"{top}.lock"):
         return top / "site" if (top / "site/index.html").exists() else build(top)
 

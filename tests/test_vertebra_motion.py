@@ -1,7 +1,6 @@
 "The motion of every vertebra: angles and discs against closed forms, poses that a hand gave, and the widget around them."
 
 import gc
-import os
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -135,10 +134,9 @@ def test_a_disc_beside_a_bone_that_is_cut_or_out_of_reach_has_no_height():
 
 
 @pytest.fixture(scope="module")
-def result(tmp_path_factory):
+def result(shared):
     "The sample, its vertebrae searched for, its tissue hardly; made by the first of several workers, and read by the others."
-    folder = tmp_path_factory.getbasetemp()
-    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "moved_vertebrae"
+    folder = shared / "moved_vertebrae"
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             return spinereg.register(**FILES, prealign="header", spacing_mm=4.0, levels=(1,), steps=(1,), out_dir=folder)

@@ -51,6 +51,8 @@ from spinereg.measure.motion import (
 from ..measure.pictures import Overview, Picture, draw_overview
 from ..measure.planes import draw_planes
 from ..measure.snapshot import make_view
+
+# %% ../../nbs/46_registration.results.ipynb #46imp002
 from .certainty import judge_bones
 from .prealign import RigidStart
 from spinereg.registration.report import (
