@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['HANDLING', 'nifti_bytes', 'label_colours', 'thinned', 'niivue_widget', 'itk_volume', 'itk_widget', 'choose_viewer',
-           'draw_middle', 'View3D', 'view3d']
+           'draw_middle', 'which_menu', 'View3D', 'view3d']
 
 # %% ../../nbs/77_interactive.view3d.ipynb #d51fd5bd
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from html import escape
 from importlib.util import find_spec
 
@@ -158,7 +159,20 @@ def draw_middle(
     fig.suptitle(title)
     return fig
 
-# %% ../../nbs/77_interactive.view3d.ipynb #bcc81ee1
+# %% ../../nbs/77_interactive.view3d.ipynb #f59f1e1a
+def which_menu(
+    which: str,  # what is chosen: "image" or "labels"
+    names: Sequence[str | None],  # None for none
+    now: str | None,  # the one that is shown
+    choose: Callable[[str | None], None],  # told the one to show
+) -> Dropdown:
+    "A menu of the images or of the label maps."
+    words = {"tooltip": f"which {which} to show", "description": which, "layout": {"width": "180px"}}
+    menu = Dropdown(options=[(name or "none", name) for name in names], value=now, **words)
+    menu.observe(lambda change: choose(change["new"]), "value")
+    return menu
+
+# %% ../../nbs/77_interactive.view3d.ipynb #9e9194f4
 class View3D(Viewer):
     "A volume with its labels to turn and cut."
 
@@ -187,27 +201,21 @@ class View3D(Viewer):
     @cached_property
     def box(self) -> Widget:
         "The viewer, under what there is to say about it and menus of what it shows."
-        self.place, menus = VBox(), [self.menu("image", [*self.stack.images]), self.menu("labels", [*self.stack.labels, None])]
+        self.place, choices = VBox(), {"image": [*self.stack.images], "labels": [*self.stack.labels, None]}
+        menus = [which_menu(which, names, getattr(self, which), partial(self.change, which)) for which, names in choices.items()]
         self.fill()
         return VBox([HTML(escape(choose_viewer(self.engine)[1])), HBox(menus), self.place])
 
-    def menu(
+    def change(
         self,
-        which: str,  # attribute: "image" or "labels"
-        choices: list[str | None],  # names; None for none
-    ) -> Dropdown:
-        "A menu of the images or of the label maps."
-
-        def chosen(change: dict) -> None:
-            with self.lock:
-                setattr(self, which, change["new"])
-                self.fill()
-                self.record()
-
-        words = {"tooltip": f"which {which} to show", "description": which, "layout": {"width": "180px"}}
-        menu = Dropdown(options=[(choice or "none", choice) for choice in choices], value=getattr(self, which), **words)
-        menu.observe(chosen, "value")
-        return menu
+        which: str,  # "image" or "labels"
+        name: str | None,  # of the one to show; None for no labels
+    ) -> None:
+        "Show another image, or other labels."
+        with self.lock:
+            setattr(self, which, name)
+            self.fill()
+            self.record()
 
     def fill(self) -> None:
         "Show the image and the labels that are wanted."
