@@ -68,7 +68,7 @@ def test_every_planned_job_has_its_row(batch, one):
     cases, vertebrae = read_batch(batch)
     assert list(cases.columns[:8]) == ["setting", "case", "status", "verdict", "stage", "error", "hint", "reasons"]
     rows = cases.set_index("case")
-    verdicts = {"good": json.loads((one / "metrics.json").read_text())["verdict"], "own": "UNJUDGED", "odd": "UNJUDGED"}
+    verdicts = {"good": json.loads((one / "metrics.json").read_text())["verdict"], **dict.fromkeys(("own", "odd", "later", "running"), "UNJUDGED")}
     assert rows.verdict.to_dict() == {name: verdicts.get(name, "FAIL") for name in rows.index}
     assert rows.status[["cut", "later", "running", "good"]].tolist() == ["failed", "not begun", "running", "done"]
     assert (rows.hint["cut"], rows.error["cut"], rows.stage["cut"]) == ("Copy it again.", "moving ct.nii.gz: it was cut off", "read")

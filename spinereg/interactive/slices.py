@@ -371,7 +371,10 @@ def draw_strip(
     for ax, column, title in zip(axes, ("volume_change_percent", "residual_rms_mm"), ("volume change, %", "residual, mm")):
         values = vertebrae[column] if column in vertebrae else pd.Series(dtype=float)
         ax.barh(range(len(values)), values, color="#0072B2", height=0.6)
-        reach = max(abs(values).max() if len(values) else 0, 0.1) * 1.15
+        most = abs(values).max() if len(values) else 0.0
+        reach = 1.15 * max(most, 0.1)
+        if most < 0.05:
+            ax.text(0.5, 0.5, "all below 0.05", fontsize=7, ha="center", va="center", transform=ax.transAxes)
         ax.set(xlim=(-reach if column.startswith("volume") else 0, reach), ylim=(len(values) - 0.5, -0.5))
         ax.set_title(title, fontsize=9)
         ax.set_yticks(range(len(values)), values.index if ax is axes[0] else [])
