@@ -12,6 +12,7 @@ import torch
 from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.ndimage import map_coordinates
 from scipy.spatial.transform import Rotation
 
 import spinereg
@@ -284,6 +285,25 @@ def test_keys_choose_the_next_vertebra_and_go_to_where_it_is_now_and_the_wheel_d
     viewer.change(planes="axial")
     press(viewer, *["ArrowUp"] * 40)
     assert viewer.placed.chosen == "L3" and viewer.placed.at(viewer.stack.grid.affine[:3] @ [*viewer.view.at, 1]) != "L3"
+
+
+def test_the_moved_image_follows_a_hand_in_every_plane(result):
+    """Along the body of L3, 12 mm up and turned, the slices of all three planes show what SciPy reads of the CT; put back, they are as before."""
+    viewer, ct = LiveMotion(result, show="moved"), result.pair.moving
+    grid, before = viewer.stack.grid, viewer.stack.images["moved"]
+    viewer.move("L3", (10, 0, 5), (2, 0, 12))
+    k = viewer.placed.spine.names.index("L3")
+    (centres, axes), shown = viewer.placed.spine.seen(viewer.placed.poses), viewer.stack.images["moved"]
+    line = centres[k] + np.arange(-6, 7)[:, None] * axes[k, :, 0]
+    voxels = np.linalg.solve(grid.affine[:3, :3], (line - grid.affine[:3, 3]).T).T.round().astype(int)
+    there = (np.linalg.inv(ct.grid.affine) @ viewer.poses["L3"] @ grid.affine @ np.c_[voxels, np.ones(len(voxels))].T)[:3]
+    hu = map_coordinates(ct.data.numpy(), there, order=1)
+    for axis in range(3):
+        read = [float(shown.select(axis, int(at[axis]))[tuple(np.delete(at, axis))]) for at in voxels]
+        np.testing.assert_allclose(read, hu, atol=0.5)
+    assert np.abs(hu - [float(before[tuple(at.tolist())]) for at in voxels]).max() > 50, "another place of the CT than before"
+    viewer.move("L3")
+    assert viewer.stack.images["moved"] is before
 
 
 def test_a_jump_draws_once_and_the_words_tell_of_the_crosshair(viewer, monkeypatch):
