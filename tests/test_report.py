@@ -4,8 +4,10 @@ import base64
 import hashlib
 import io
 import json
+import os
 import re
 import shutil
+import time
 from html.parser import HTMLParser
 from urllib.parse import quote
 
@@ -20,7 +22,7 @@ from scipy import stats
 from test_hostile import CLIMBING, NAMES, Tags, one_line
 
 from spinereg.apps import report
-from spinereg.apps.report import write_report
+from spinereg.apps.report import cohort_of, gather, write_report
 from spinereg.compare.evaluation import FIGURES, best_setting, compare_settings, holm
 from spinereg.compare.jobs import read_batch
 from spinereg.files.problems import InputError
@@ -46,7 +48,8 @@ def folds(metrics):
 def batch(one, tmp_path):
     "Jobs of every fate; the plan begins with the good one."
     out = tmp_path / "night"
-    plan(out, [("", name) for name in ("good", "folded", "cut", "later", "damaged", "torn", "own", "empty", "running", "odd")])
+    names = "good", "folded", "cut", "later", "damaged", "torn", "own", "empty", "running", "stopped", "outdated", "lost", "odd"
+    plan(out, [("", name) for name in names])
     finished(one, out / "good")
     finished(one, out / "folded", folds)
     record(out / "cut", status="failed", stage="read", error="moving ct.nii.gz: it was cut off", hint="Copy it again.")
@@ -58,7 +61,10 @@ def batch(one, tmp_path):
     said = {"lesions": 3, "name": "x", "volume": np.inf, "big": 10**400, "verdict": 5, "doubts": {"a": 1}}
     (out / "own/metrics.json").write_text(json.dumps(said))
     record(out / "empty")
-    record(out / "running", status="running", stage="optimise")
+    for status in ("running", "stopped", "outdated"):
+        record(out / status, status=status, stage="optimise")
+    record(out / "lost", status="running")
+    os.utime(out / "lost/job.json", (0, time.time() - 200))
     record(out / "odd", app=["?"], status="done", parameters=3, code="x", inputs=[1], seconds="long", error=None, attempts=True)
     return out
 
@@ -68,9 +74,13 @@ def test_every_planned_job_has_its_row(batch, one):
     cases, vertebrae = read_batch(batch)
     assert list(cases.columns[:8]) == ["setting", "case", "status", "verdict", "stage", "error", "hint", "reasons"]
     rows = cases.set_index("case")
-    verdicts = {"good": json.loads((one / "metrics.json").read_text())["verdict"], **dict.fromkeys(("own", "odd", "later", "running"), "UNJUDGED")}
+    verdicts = dict.fromkeys(("own", "odd", "later", "running", "stopped", "outdated"), "UNJUDGED")
+    verdicts["good"] = json.loads((one / "metrics.json").read_text())["verdict"]
     assert rows.verdict.to_dict() == {name: verdicts.get(name, "FAIL") for name in rows.index}
     assert rows.status[["cut", "later", "running", "good"]].tolist() == ["failed", "not begun", "running", "done"]
+    assert "no sign of life for 120 s" in rows.error["lost"] and rows.hint["lost"] == "Run the batch again."
+    cohort = cohort_of(gather(batch, embed=False), [""])
+    assert cohort["unfinished"] == "1 not begun, 1 running, 1 stopped, 1 outdated" and "optimise" not in cohort["stages"]
     assert (rows.hint["cut"], rows.error["cut"], rows.stage["cut"]) == ("Copy it again.", "moving ct.nii.gz: it was cut off", "read")
     assert "metrics.json has 2 bytes" in rows.error["damaged"] and "no JSON" in rows.error["torn"] and "no metrics.json" in rows.error["empty"]
     assert rows.reasons["folded"] == "the map folds" and rows.lesions["own"] == 3

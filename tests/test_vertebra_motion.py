@@ -31,6 +31,7 @@ from spinereg.interactive.spine import (
     place,
     spine_of,
 )
+from spinereg.interactive.stack import vertebrae_at
 from spinereg.interactive.viewers import PLANES
 from spinereg.space.geometry import Grid
 
@@ -287,23 +288,37 @@ def test_keys_choose_the_next_vertebra_and_go_to_where_it_is_now_and_the_wheel_d
     assert viewer.placed.chosen == "L3" and viewer.placed.at(viewer.stack.grid.affine[:3] @ [*viewer.view.at, 1]) != "L3"
 
 
-def test_the_moved_image_follows_a_hand_in_every_plane(result):
-    """Along the body of L3, 12 mm up and turned, the slices of all three planes show what SciPy reads of the CT; put back, they are as before."""
+@pytest.mark.parametrize("beside", [(), ("L2", "L4")])
+def test_the_moved_image_follows_a_hand_in_every_plane(result, beside):
+    """Along the body of L3, up and turned, slices of all three planes show what SciPy reads of the CT; with neighbours on each other's places too."""
     viewer, ct = LiveMotion(result, show="moved"), result.pair.moving
-    grid, before = viewer.stack.grid, viewer.stack.images["moved"]
-    viewer.move("L3", (10, 0, 5), (2, 0, 12))
-    k = viewer.placed.spine.names.index("L3")
-    (centres, axes), shown = viewer.placed.spine.seen(viewer.placed.poses), viewer.stack.images["moved"]
+    grid, before = viewer.stack.grid, viewer.stack
+    for name, up_mm in (("L3", 12), *((name, 33) for name in beside)):  # 33 mm up, L4 is where L3 was
+        viewer.move(name, (10, 0, 5) if name == "L3" else (0, 0, 0), (2, 0, up_mm))
+    k = viewer.placed.spine.names.index(beside[-1] if beside else "L3")
+    name, (centres, axes), shown = viewer.placed.spine.names[k], viewer.placed.spine.seen(viewer.placed.poses), viewer.stack.images["moved"]
     line = centres[k] + np.arange(-6, 7)[:, None] * axes[k, :, 0]
     voxels = np.linalg.solve(grid.affine[:3, :3], (line - grid.affine[:3, 3]).T).T.round().astype(int)
-    there = (np.linalg.inv(ct.grid.affine) @ viewer.poses["L3"] @ grid.affine @ np.c_[voxels, np.ones(len(voxels))].T)[:3]
+    there = (np.linalg.inv(ct.grid.affine) @ viewer.poses[name] @ grid.affine @ np.c_[voxels, np.ones(len(voxels))].T)[:3]
     hu = map_coordinates(ct.data.numpy(), there, order=1)
     for axis in range(3):
         read = [float(shown.select(axis, int(at[axis]))[tuple(np.delete(at, axis))]) for at in voxels]
         np.testing.assert_allclose(read, hu, atol=0.5)
-    assert np.abs(hu - [float(before[tuple(at.tolist())]) for at in voxels]).max() > 50, "another place of the CT than before"
+    assert np.abs(hu - [float(before.images["moved"][tuple(at.tolist())]) for at in voxels]).max() > 20, "another place of the CT than before"
+    assert vertebrae_at(viewer.stack, tuple(voxels[6].tolist()))["moved"] == name
+
+
+def test_where_a_vertebra_was_it_is_dark_without_a_name_until_it_is_put_back(result):
+    viewer = LiveMotion(result, show="moved")
+    k, before = viewer.placed.spine.names.index("L3"), viewer.stack
+    at = middle_voxel(viewer.placed, "L3", before.grid)
+    viewer.move("L3", shift_mm=(0, 0, 30))
+    dark = [float(viewer.stack.images["moved"].select(axis, at[axis])[tuple(np.delete(at, axis))]) for axis in range(3)]
+    assert dark == [float(result.pair.moving.data.min())] * 3 and "moved" not in vertebrae_at(viewer.stack, at)
+    assert viewer.placed.spine.names[k] not in viewer.stack.vertebrae.index
     viewer.move("L3")
-    assert viewer.stack.images["moved"] is before
+    assert viewer.stack.images["moved"] is before.images["moved"] and viewer.stack.labels["moved"] is before.labels["moved"]
+    assert viewer.stack.vertebrae.equals(before.vertebrae)
 
 
 def test_a_jump_draws_once_and_the_words_tell_of_the_crosshair(viewer, monkeypatch):

@@ -220,13 +220,14 @@ def cohort_of(
 ) -> dict[str, object]:
     "What the page says about all cases together."
     cases, vertebrae = gathered.cases, gathered.vertebrae
-    counts, undone = cases.verdict.value_counts(), cases.status[cases.status != "done"].value_counts()
+    counts, failed = cases.verdict.value_counts(), (cases.verdict == "FAIL") & (cases.stage != "")
+    undone = cases.status[(cases.verdict == "UNJUDGED") & (cases.status != "done")].value_counts()
     own = {name: [table[table.setting == name] if len(table) else table for table in (cases, vertebrae)] for name in settings}
     return {
         "jobs": len(cases),
         "verdicts": {name: int(counts.get(name, 0)) for name in VERDICTS if name != "UNJUDGED" or name in counts},
         "unfinished": ", ".join(f"{count} {status}" for status, count in undone.items()),
-        "stages": cases.stage[cases.stage != ""].value_counts().to_dict(),
+        "stages": cases.stage[failed].value_counts().to_dict(),
         "charts": {name: batch_charts(*tables) for name, tables in own.items()},
         "several": len(settings) > 1,
         "best": best_setting(cases) if len(settings) > 1 else None,

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['CAPTION', 'COLUMNS', 'TURNS', 'SHIFTS', 'Held', 'held_by', 'outline', 'keep_outlines', 'on_slice', 'arrow_line',
            'enlarged', 'Marks', 'make_marks', 'Drawn', 'draw_vertebra', 'turn_marks', 'table_rows', 'table_lines',
-           'MotionPicture', 'edit_slider', 'edit_controls', 'carry_bones', 'table_html', 'middle_voxel', 'LiveMotion',
-           'VertebraMotion']
+           'MotionPicture', 'edit_slider', 'edit_controls', 'carry_bones', 'carry_stack', 'table_html', 'middle_voxel',
+           'LiveMotion', 'VertebraMotion']
 
 # %% ../../nbs/75a_interactive.motion.ipynb #f33d450c
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from html import escape
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ import ipywidgets as widgets
 import numpy as np
 import torch
 from contourpy import contour_generator
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
@@ -38,9 +38,13 @@ from ..space.geometry import Grid, crop_grid, sample_index, transform_points, vo
 class Held(NamedTuple):
     "What a bone holds of a slice."
 
-    part: tuple[slice, slice]  # of the slice, where the bone may be
+    low: Int[np.ndarray, "3"]  # first voxel of the part where the bone may be
     grid: Grid  # of that part, one voxel thick
     share: Float[torch.Tensor, "i j k"]  # 1 in the bone, 0 beside it
+
+    def part(self, axis: int) -> tuple[slice, slice]:  # that was cut
+        "That part of the slice."
+        return tuple(slice(first, first + n) for k, (first, n) in enumerate(zip(self.low.tolist(), self.grid.shape)) if k != axis)
 
 
 def held_by(
@@ -53,13 +57,12 @@ def held_by(
     "Where a bone is on a slice."
     corners = transform_points(np.linalg.inv(at @ grid.affine), torch.from_numpy(bone.grid.corners_mm())).numpy()
     low, high = np.maximum(np.floor(corners.min(0)).astype(int), 0), np.minimum(np.ceil(corners.max(0)).astype(int) + 1, grid.shape)
-    meets = low[axis] <= index < high[axis]
-    low[axis], high[axis] = index, index + 1
-    if not meets or np.delete(high - low, axis).min() < 2:
+    if not low[axis] <= index < high[axis] or (low >= high).any():
         return None
+    low[axis], high[axis] = index, index + 1
     thin = crop_grid(grid, low, high)
     share = sample_index(bone.mask, voxel_index(thin, bone.grid, bone.mask, at)[None], outside="zeros")[0, 0]
-    return Held(tuple(map(slice, np.delete(low, axis), np.delete(high, axis))), thin, share)
+    return Held(low, thin, share)
 
 # %% ../../nbs/75a_interactive.motion.ipynb #261bf8c4
 def outline(
@@ -71,10 +74,9 @@ def outline(
 ) -> list[np.ndarray]:  # lines of (points, 2), mm across and up from the slice's lower corner; none where the slice does not meet it
     "Where a bone ends on a slice."
     held = held_by(bone, at, grid, plane.axis, index)
-    if held is None:
+    if held is None or min(held.grid.shape[plane.across], held.grid.shape[plane.up]) < 2:  # nothing to draw a line through
         return []
-    first = on_slice(held.grid.affine[:3, 3], grid, plane)
-    across, up = (first[n] + np.arange(held.grid.shape[axis]) * grid.spacing_mm[axis] for n, axis in enumerate((plane.across, plane.up)))
+    across, up = ((held.low[axis] + np.arange(held.grid.shape[axis]) + 0.5) * grid.spacing_mm[axis] for axis in (plane.across, plane.up))
     return contour_generator(across, up, cut(held.share, plane, 0)).lines(0.5)
 
 
@@ -303,25 +305,52 @@ def edit_controls(
 
 # %% ../../nbs/75a_interactive.motion.ipynb #76a3830a
 def carry_bones(
-    moved: Layer,  # the moved image, as the registration left it
-    moving: Volume,
+    layer: Layer,  # as the registration left it
     placed: Placed,  # vertebrae where they are now
     grid: Grid,  # of the picture
+    empty: float | int,  # what is where a vertebra was
+    seen: Callable[[int, Grid], torch.Tensor | int],  # what the vertebra of a place shows now on a grid
 ) -> Layer:
-    "The moved image with vertebrae where a hand put them, and dark where they were."
-    spine, hands, darkest = placed.spine, [placed.spine.names.index(name) for name in placed.by_hand], moving.data.min()
+    "A layer with vertebrae where a hand put them."
+    spine, hands = placed.spine, [k for k, name in enumerate(placed.spine.names) if name in placed.by_hand]
 
+    @lru_cache(maxsize=9)  # three planes, and where they have just been
     def read(axis: int, index: int) -> torch.Tensor:
-        values = moved.select(axis, index).clone()
-        for poses in (spine.found, placed.poses):
-            for k in hands:
-                if held := held_by(spine.bones[k], poses[k], grid, axis, index):
-                    at = voxel_index(held.grid, moving.grid, moving.data, poses[k])[None]
-                    seen = darkest if poses is spine.found else sample_index(moving.data[None, None], at)[0, 0].select(axis, 0)
-                    values[held.part] = torch.where(held.share.select(axis, 0) > 0.5, seen, values[held.part])
+        values = layer.select(axis, index).clone()
+
+        def put(k: int, pose: Float[np.ndarray, "4 4"], show: Callable[[Grid], torch.Tensor | float | int]) -> None:
+            if held := held_by(spine.bones[k], pose, grid, axis, index):
+                part = values[held.part(axis)].unsqueeze(axis)
+                part.copy_(torch.where(held.share > 0.5, show(held.grid), part))
+
+        for k in hands:
+            put(k, spine.found[k], lambda _: empty)
+        for k in hands:
+            put(k, placed.poses[k], partial(seen, k))
         return values
 
-    return Layer(moved.whole, moved.grid, read) if hands else moved
+    return Layer(layer.whole, layer.grid, read) if hands else layer
+
+# %% ../../nbs/75a_interactive.motion.ipynb #58598cc0
+def carry_stack(
+    stack: Stack,  # of the result
+    moving: Volume,
+    placed: Placed,  # vertebrae where they are now
+    darkest: float,  # of the moving image
+) -> Stack:
+    "The stack of a result with vertebrae where a hand put them."
+
+    def bright(k: int, thin: Grid) -> torch.Tensor:
+        at = voxel_index(thin, moving.grid, moving.data, placed.poses[k])
+        return sample_index(moving.data[None, None], at[None])[0, 0]
+
+    def number(k: int, thin: Grid) -> int:
+        return 1 + stack.names.index(name) if (name := placed.spine.names[k]) in stack.names else 0
+
+    images = stack.images | {"moved": carry_bones(stack.images["moved"], placed, stack.grid, darkest, bright)}
+    moved = {name: carry_bones(layer, placed, stack.grid, 0, number) for name, layer in stack.labels.items() if name == "moved"}
+    left = stack.vertebrae.drop(index=list(placed.by_hand), errors="ignore")
+    return replace(stack, images=images, labels=stack.labels | moved, vertebrae=left)
 
 # %% ../../nbs/75a_interactive.motion.ipynb #6fbe4095
 def table_html(
@@ -359,12 +388,12 @@ class LiveMotion(SliceViewer):
         **view,  # fields of `View`, to begin with
     ):
         spine, given = spine_of(result), result.metrics.parameters.get("poses")
-        self.moving = result.pair.moving
+        self.moving, self.darkest = result.pair.moving, float(result.pair.moving.data.min())
         self.edits: dict[str, Edit] = {}
         self.given = tuple(given) if isinstance(given, Mapping) else ()
         self.placed = place(spine, {}, spine.names[len(spine.names) // 2])
         super().__init__(result, planes, **{"show": "fixed", "outlined": ()} | view)
-        self.found = self.stack.images["moved"]
+        self.untouched = self.stack
         self.view = replace(self.view, at=view.get("at", middle_voxel(self.placed, self.placed.chosen, self.stack.grid)))
 
     @property
@@ -378,7 +407,7 @@ class LiveMotion(SliceViewer):
 
     def refresh(self) -> None:
         "Bring the vertebrae, the live picture, the words and the controls up to date."
-        self.live.placed = self.placed
+        self.live.placed, self.live.stack = self.placed, self.stack
         super().refresh()
 
     def put(
@@ -389,7 +418,7 @@ class LiveMotion(SliceViewer):
     ) -> None:
         "Place the vertebrae, choose one, and show them."
         self.edits, self.placed = edits, place(self.placed.spine, edits, chosen)
-        self.stack.images["moved"] = carry_bones(self.found, self.moving, self.placed, self.stack.grid)
+        self.stack = carry_stack(self.untouched, self.moving, self.placed, self.darkest)
         self.view = replace(self.view, at=at or self.view.at)
         if "box" in self.__dict__:
             self.refresh()
@@ -432,7 +461,8 @@ class VertebraMotion(LiveMotion):
         menu, *sliders = (control.widget for control in self.editing.controls)
         back = widgets.Button(description="put it back", tooltip="to where the registration put it", layout={"width": "110px"})
         back.on_click(lambda _: self.move(self.placed.chosen))
-        beside = widgets.HBox([widgets.VBox([widgets.HBox([menu, back]), *sliders]), self.figures, self.words], layout=FLOW)
+        from_where = widgets.HTML("by hand, from where the registration put it")
+        beside = widgets.HBox([widgets.VBox([widgets.HBox([menu, back]), from_where, *sliders]), self.figures, self.words], layout=FLOW)
         picture.children = [self.image, beside.add_class("spinereg-beside")]
         return widgets.VBox([top, picture, *below])
 

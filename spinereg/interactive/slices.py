@@ -370,11 +370,12 @@ def draw_strip(
     "Volume change (moved against moving) and residual of every vertebra, as bars from the top of the spine down."
     for ax, column, title in zip(axes, ("volume_change_percent", "residual_rms_mm"), ("volume change, %", "residual, mm")):
         values = vertebrae[column] if column in vertebrae else pd.Series(dtype=float)
-        ax.barh(range(len(values)), values, color="#0072B2", height=0.6)
-        most = abs(values).max() if len(values) else 0.0
-        reach = 1.15 * max(most, 0.1)
+        most = abs(values).max()  # NaN where none is known
+        reach = 1.15 * max(0.1, most)
         if most < 0.05:
-            ax.text(0.5, 0.5, "all below 0.05", fontsize=7, ha="center", va="center", transform=ax.transAxes)
+            ax.text(0.5, 0.5, "all below 0.05", color="0.5", fontsize=7, ha="center", va="center", transform=ax.transAxes)
+        else:
+            ax.barh(range(len(values)), values, color="#0072B2", height=0.6)
         ax.set(xlim=(-reach if column.startswith("volume") else 0, reach), ylim=(len(values) - 0.5, -0.5))
         ax.set_title(title, fontsize=9)
         ax.set_yticks(range(len(values)), values.index if ax is axes[0] else [])
