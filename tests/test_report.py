@@ -140,7 +140,7 @@ def test_the_page_and_its_tables(batch, one):
     page = Page(write_report(batch).read_text("utf-8"))
     data, tables = json.loads(page.raw["data"]), {name: pd.read_csv(batch / f"{name}.csv") for name in ("cases", "vertebrae", "settings")}
     order = [report.VERDICTS.index(row[2]) for row in data["cases"]]
-    assert order == sorted(order) and [row[1] for row in data["cases"]] == tables["cases"].case.tolist() and len(order) == 10
+    assert order == sorted(order) and [row[1] for row in data["cases"]] == tables["cases"].case.tolist() and len(order) == 13
     assert tables["settings"].set_index("figure").loc["dice", "mean"] == pytest.approx(tables["cases"].dice.mean())
     cut, good = page.detail("cut"), page.detail("good")
     assert [cut[name] for name in ("stage", "error", "hint")] == ["read", "moving ct.nii.gz: it was cut off", "Copy it again."]

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['Bone', 'cut_bone', 'Body', 'body_of', 'OwnMotion', 'own_motion', 'motion_by_hand', 'rays', 'begins', 'disc_height_mm',
-           'has_disc', 'Spine', 'make_spine', 'spine_of', 'Placed', 'Edit', 'check_edit', 'place']
+           'has_disc', 'Spine', 'make_spine', 'spine_of', 'Placed', 'Edit', 'check_edit', 'place', 'Held', 'held_by',
+           'carry_bones', 'carry_stack']
 
 # %% ../../nbs/74a_interactive.spine.ipynb #2793fea2
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -21,10 +22,11 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from ..files.labels import VERTEBRAE
-from .stack import Layer
+from ..files.volumes import Volume
+from .stack import Layer, Stack
 from ..measure.motion import pose, vertebra_axes
 from ..registration.results import Registration
-from ..space.geometry import Grid, crop_grid, sample_index, transform_points
+from ..space.geometry import Grid, crop_grid, sample_index, transform_points, voxel_index
 
 # %% ../../nbs/74a_interactive.spine.ipynb #7a462a2f
 @dataclass(frozen=True, eq=False)
@@ -296,3 +298,82 @@ def place(
         if name in edits:
             poses[k] = poses[k] @ np.linalg.inv(motion_by_hand(*edits[name][1:], centres[k], axes[k]))
     return Placed(spine, poses, tuple(name for name in spine.names if name in edits), chosen)
+
+# %% ../../nbs/74a_interactive.spine.ipynb #82da87d9
+class Held(NamedTuple):
+    "What a bone holds of a slice."
+
+    low: Int[np.ndarray, "3"]  # first voxel of the part where the bone may be
+    grid: Grid  # of that part, one voxel thick
+    share: Float[torch.Tensor, "i j k"]  # 1 in the bone, 0 beside it
+
+    def part(self, axis: int) -> tuple[slice, slice]:  # that was cut
+        "That part of the slice."
+        return tuple(slice(first, first + n) for k, (first, n) in enumerate(zip(self.low.tolist(), self.grid.shape)) if k != axis)
+
+
+def held_by(
+    bone: Bone,
+    at: Float[np.ndarray, "4 4"],  # its pose, fixed -> moving, RAS mm
+    grid: Grid,  # of the picture
+    axis: int,  # along which it is cut
+    index: int,  # along that axis
+) -> Held | None:  # None where the slice does not meet it
+    "Where a bone is on a slice."
+    corners = transform_points(np.linalg.inv(at @ grid.affine), torch.from_numpy(bone.grid.corners_mm())).numpy()
+    low, high = np.maximum(np.floor(corners.min(0)).astype(int), 0), np.minimum(np.ceil(corners.max(0)).astype(int) + 1, grid.shape)
+    if not low[axis] <= index < high[axis] or (low >= high).any():
+        return None
+    low[axis], high[axis] = index, index + 1
+    thin = crop_grid(grid, low, high)
+    share = sample_index(bone.mask, voxel_index(thin, bone.grid, bone.mask, at)[None], outside="zeros")[0, 0]
+    return Held(low, thin, share)
+
+# %% ../../nbs/74a_interactive.spine.ipynb #76a3830a
+def carry_bones(
+    layer: Layer,  # as the registration left it
+    placed: Placed,  # vertebrae where they are now
+    grid: Grid,  # of the picture
+    empty: float | int,  # what is where a vertebra was
+    seen: Callable[[int, Grid], torch.Tensor | int],  # what the vertebra of a place shows now on a grid
+) -> Layer:
+    "A layer with vertebrae where a hand put them."
+    spine, hands = placed.spine, [k for k, name in enumerate(placed.spine.names) if name in placed.by_hand]
+
+    @lru_cache(maxsize=9)  # three planes, and where they have just been
+    def read(axis: int, index: int) -> torch.Tensor:
+        values = layer.select(axis, index).clone()
+
+        def put(k: int, pose: Float[np.ndarray, "4 4"], show: Callable[[Grid], torch.Tensor | float | int]) -> None:
+            if held := held_by(spine.bones[k], pose, grid, axis, index):
+                part = values[held.part(axis)].unsqueeze(axis)
+                part.copy_(torch.where(held.share > 0.5, show(held.grid), part))
+
+        for k in hands:
+            put(k, spine.found[k], lambda _: empty)
+        for k in hands:
+            put(k, placed.poses[k], partial(seen, k))
+        return values
+
+    return Layer(layer.whole, layer.grid, read) if hands else layer
+
+# %% ../../nbs/74a_interactive.spine.ipynb #58598cc0
+def carry_stack(
+    stack: Stack,  # of the result
+    moving: Volume,
+    darkest: float,  # of the moving image
+    placed: Placed,  # vertebrae where they are now
+) -> Stack:
+    "The stack of a result with vertebrae where a hand put them."
+
+    def bright(k: int, thin: Grid) -> torch.Tensor:
+        at = voxel_index(thin, moving.grid, moving.data, placed.poses[k])
+        return sample_index(moving.data[None, None], at[None])[0, 0]
+
+    def number(k: int, thin: Grid) -> int:
+        return 1 + stack.names.index(name) if (name := placed.spine.names[k]) in stack.names else 0
+
+    images = stack.images | {"moved": carry_bones(stack.images["moved"], placed, stack.grid, darkest, bright)}
+    moved = {name: carry_bones(layer, placed, stack.grid, 0, number) for name, layer in stack.labels.items() if name == "moved"}
+    left = stack.vertebrae.drop(index=list(placed.by_hand), errors="ignore")
+    return replace(stack, images=images, labels=stack.labels | moved, vertebrae=left)
